@@ -1,0 +1,83 @@
+"""Jacobian descent for JAX: one set of parameters, many losses, conflicts resolved on purpose."""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from jaxjd import linalg as linalg
+from jaxjd import weightings as weightings
+from jaxjd.aggregators import aligned_mtl as aligned_mtl
+from jaxjd.aggregators import cagrad as cagrad
+from jaxjd.aggregators import constant as constant
+from jaxjd.aggregators import dualproj as dualproj
+from jaxjd.aggregators import excess_mtl as excess_mtl
+from jaxjd.aggregators import gradvac as gradvac
+from jaxjd.aggregators import imtl_g as imtl_g
+from jaxjd.aggregators import mean as mean
+from jaxjd.aggregators import mgda as mgda
+from jaxjd.aggregators import modo as modo
+from jaxjd.aggregators import pcgrad as pcgrad
+from jaxjd.aggregators import random as random
+from jaxjd.aggregators import sdmgrad as sdmgrad
+from jaxjd.aggregators import sum as sum  # noqa: A004
+from jaxjd.aggregators import upgrad as upgrad
+from jaxjd.aggregators import weighted as weighted
+from jaxjd.autodiff import mtl_value_and_jacobian as mtl_value_and_jacobian
+from jaxjd.autodiff import stack_tasks as stack_tasks
+from jaxjd.autodiff import value_and_jacobian as value_and_jacobian
+from jaxjd.base import Aggregator as Aggregator
+from jaxjd.base import AggregatorState as AggregatorState
+from jaxjd.base import CrossGramianWeighting as CrossGramianWeighting
+from jaxjd.base import JacobianWeighting as JacobianWeighting
+from jaxjd.base import Weighting as Weighting
+from jaxjd.grouping import GroupedState as GroupedState
+from jaxjd.grouping import PartitionState as PartitionState
+from jaxjd.grouping import grouped as grouped
+from jaxjd.grouping import labels as labels
+from jaxjd.grouping import partition as partition
+from jaxjd.linalg import combine as combine
+from jaxjd.linalg import cross_gramian as cross_gramian
+from jaxjd.linalg import gramian as gramian
+from jaxjd.linalg import materialize as materialize
+
+try:
+    __version__ = _version("jaxjd")
+except _PackageNotFoundError:  # Run from a checkout that is not installed.
+    __version__ = "0.0.0"
+
+__all__ = [
+    "Aggregator",
+    "AggregatorState",
+    "CrossGramianWeighting",
+    "GroupedState",
+    "JacobianWeighting",
+    "PartitionState",
+    "Weighting",
+    "aligned_mtl",
+    "cagrad",
+    "combine",
+    "constant",
+    "cross_gramian",
+    "dualproj",
+    "excess_mtl",
+    "gradvac",
+    "gramian",
+    "grouped",
+    "imtl_g",
+    "labels",
+    "linalg",
+    "materialize",
+    "mean",
+    "mgda",
+    "modo",
+    "mtl_value_and_jacobian",
+    "partition",
+    "pcgrad",
+    "random",
+    "sdmgrad",
+    "stack_tasks",
+    "sum",
+    "upgrad",
+    "value_and_jacobian",
+    "weighted",
+    "weightings",
+]

@@ -1,0 +1,478 @@
+"""The aggregators that are weightings: one line each on `weighted`.
+
+The formulas, the arguments and the states are documented at the weightings of the same names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from jaxjd import weightings
+from jaxjd.aggregators._weighted import weighted
+from jaxjd.base import Aggregator
+from jaxjd.linalg.dual_cone import DualConeProjector
+
+__all__ = [
+    "aligned_mtl",
+    "cagrad",
+    "constant",
+    "dualproj",
+    "excess_mtl",
+    "gradvac",
+    "imtl_g",
+    "mean",
+    "mgda",
+    "modo",
+    "pcgrad",
+    "random",
+    "sdmgrad",
+    "sum",
+    "upgrad",
+]
+
+
+def aligned_mtl(
+    pref_vector: jax.typing.ArrayLike | None = None,
+    scale_mode: Literal["min", "median", "rmse"] = "min",
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""Aligned-MTL: makes the principal components of the rows equally long.
+
+    See `jaxjd.weightings.aligned_mtl` (Senushkin et al., CVPR 2023).
+
+    Args:
+      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      scale_mode: ``"min"``, ``"median"`` or ``"rmse"`` of the non-zero eigenvalues.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.aligned_mtl()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 3))
+      [0.213 0.967 0.967]
+    """
+    return weighted(weightings.aligned_mtl(pref_vector, scale_mode), num_tasks=num_tasks)
+
+
+def cagrad(c: float, *, num_tasks: int | None = None) -> Aggregator:
+    r"""CAGrad: the best worst-case improvement in a ball around the mean row.
+
+    See `jaxjd.weightings.cagrad` (Liu et al., NeurIPS 2021).
+
+    Args:
+      c: The radius of the ball, relative to the mean row, non-negative.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.cagrad(c=0.5)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 3))
+      [0.184 1.204 1.204]
+    """
+    return weighted(weightings.cagrad(c), num_tasks=num_tasks)
+
+
+def constant(weights: jax.typing.ArrayLike, *, num_tasks: int | None = None) -> Aggregator:
+    r"""A constant combination of the rows, :math:`w^\top J`.
+
+    See `jaxjd.weightings.constant`.
+
+    Args:
+      weights: One number per task, shape ``(m,)``.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.constant([1.0, 2.0])
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(update)
+      [8. 3. 3.]
+    """
+    return weighted(weightings.constant(weights), num_tasks=num_tasks)
+
+
+def dualproj(
+    pref_vector: jax.typing.ArrayLike | None = None,
+    projector: DualConeProjector | None = None,
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""DualProj: projects the weighted sum of the rows onto their dual cone.
+
+    See `jaxjd.weightings.dualproj` (Lopez-Paz and Ranzato, NeurIPS 2017).
+
+    Args:
+      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      projector: How to project, exact by default (`jaxjd.linalg`).
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.dualproj()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 4))
+      [0.5556 1.1111 1.1111]
+    """
+    return weighted(weightings.dualproj(pref_vector, projector), num_tasks=num_tasks)
+
+
+def excess_mtl(
+    robust_step_size: float = 1.0,
+    n_warmup_steps: int = 0,
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""ExcessMTL: more weight to the tasks that are far from their optimum.
+
+    See `jaxjd.weightings.excess_mtl` (He et al., ICML 2024). The state holds one Jacobian.
+
+    Args:
+      robust_step_size: The step size of the weights, positive.
+      n_warmup_steps: The number of first calls with uniform weights, non-negative.
+      num_tasks: The number of tasks ``m``, required: the state depends on it.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range or `num_tasks` is missing; in `update`, if the
+        Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.excess_mtl(num_tasks=2)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(update)
+      [1. 1. 1.]
+    """
+    return weighted(weightings.excess_mtl(robust_step_size, n_warmup_steps), num_tasks=num_tasks)
+
+
+def gradvac(
+    beta: float = 0.5,
+    eps: float = 1e-8,
+    key: jax.Array | int = 0,
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""GradVac: pulls every pair of rows up to the cosine that it has had so far.
+
+    See `jaxjd.weightings.gradvac` (Wang et al., ICLR 2021).
+
+    Args:
+      beta: The rate of the moving average of the cosines, in [0, 1].
+      eps: Added to a denominator, for unit rows, non-negative.
+      key: A typed PRNG key or a seed; the same key gives the same run.
+      num_tasks: The number of tasks ``m``, required: the state depends on it.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range or `num_tasks` is missing; in `update`, if the
+        Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.gradvac(num_tasks=2)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 4))
+      [0.5848 3.8012 3.8012]
+    """
+    return weighted(weightings.gradvac(beta, eps, key), num_tasks=num_tasks)
+
+
+def imtl_g(*, num_tasks: int | None = None) -> Aggregator:
+    r"""IMTL-G: the combination with equal projections onto all rows.
+
+    See `jaxjd.weightings.imtl_g` (Liu et al., ICLR 2021).
+
+    Args:
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.imtl_g()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 4))
+      [0.0767 1.     1.    ]
+    """
+    return weighted(weightings.imtl_g(), num_tasks=num_tasks)
+
+
+def mean(*, num_tasks: int | None = None) -> Aggregator:
+    r"""The mean of the rows: plain training on the mean of the losses.
+
+    See `jaxjd.weightings.mean`.
+
+    Args:
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.mean()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(update)
+      [1. 1. 1.]
+    """
+    return weighted(weightings.mean(), num_tasks=num_tasks)
+
+
+def mgda(*, num_tasks: int | None = None) -> Aggregator:
+    r"""MGDA: the point of smallest norm in the convex hull of the rows.
+
+    See `jaxjd.weightings.mgda` (Désidéri, 2012).
+
+    Args:
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.mgda()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 4))
+      [0. 1. 1.]
+    """
+    return weighted(weightings.mgda(), num_tasks=num_tasks)
+
+
+def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) -> Aggregator:
+    r"""MoDo: one projected gradient step on the weights per call, from two independent batches.
+
+    `update` needs ``cross_jacobians=(J1, J2)``, the Jacobians of two independent batches; the rows
+    combined are those of the first argument, for example the mean of the two.
+    See `jaxjd.weightings.modo` (Chen et al., NeurIPS 2023).
+
+    Args:
+      gamma: The step size of the weights, positive.
+      rho: The regularization of the weights, non-negative.
+      num_tasks: The number of tasks ``m``, required: the state depends on it.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range or `num_tasks` is missing; in `update`, if the
+        Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.modo(gamma=0.001, num_tasks=2)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> state = aggregator.init(jnp.zeros(3))
+      >>> pair = (jacobian, jacobian)  # In training: of two independent batches.
+      >>> update, state = aggregator.update(jacobian, state, cross_jacobians=pair)
+      >>> print(jnp.round(update, 4))
+      [0.95 1.   1.  ]
+    """
+    return weighted(weightings.modo(gamma, rho), num_tasks=num_tasks)
+
+
+def pcgrad(key: jax.Array | int = 0, *, num_tasks: int | None = None) -> Aggregator:
+    r"""PCGrad: removes from every row its conflicts with the others, then sums.
+
+    See `jaxjd.weightings.pcgrad` (Yu et al., NeurIPS 2020).
+
+    Args:
+      key: A typed PRNG key or a seed; the same key gives the same run.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.pcgrad()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 4))
+      [0.5848 3.8012 3.8012]
+    """
+    return weighted(weightings.pcgrad(key), num_tasks=num_tasks)
+
+
+def random(key: jax.Array | int = 0, *, num_tasks: int | None = None) -> Aggregator:
+    r"""Random loss weighting: softmax of normal noise, new at every call.
+
+    See `jaxjd.weightings.random` (Lin et al., TMLR 2022).
+
+    Args:
+      key: A typed PRNG key or a seed; the same key gives the same run.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.random()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(update.shape)
+      (3,)
+    """
+    return weighted(weightings.random(key), num_tasks=num_tasks)
+
+
+def sdmgrad(
+    lr: float = 10.0,
+    momentum: float = 0.5,
+    n_iter: int = 20,
+    lambda_: float = 0.3,
+    pref_vector: jax.typing.ArrayLike | None = None,
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""SDMGrad: the minimum-norm direction, pulled towards a preferred one.
+
+    `update` needs ``cross_jacobians=(J1, J2)``, the Jacobians of two independent batches; the rows
+    combined are those of the first argument, from a third batch.
+    See `jaxjd.weightings.sdmgrad` (Xiao, Ban and Ji, NeurIPS 2023).
+
+    Args:
+      lr: The learning rate of the inner steps, positive.
+      momentum: The momentum of the inner steps, in [0, 1).
+      n_iter: The number of inner steps, positive and static.
+      lambda_: The pull towards the preferred direction, non-negative.
+      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      num_tasks: The number of tasks ``m``, required: the state depends on it.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range or `num_tasks` is missing; in `update`, if the
+        Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.sdmgrad(num_tasks=2)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> state = aggregator.init(jnp.zeros(3))
+      >>> pair = (jacobian, jacobian)  # In training: of two independent batches.
+      >>> update, state = aggregator.update(jacobian, state, cross_jacobians=pair)
+      >>> print(jnp.round(update, 4))
+      [4.8462 1.     1.    ]
+    """
+    return weighted(
+        weightings.sdmgrad(lr, momentum, n_iter, lambda_, pref_vector), num_tasks=num_tasks
+    )
+
+
+def sum(*, num_tasks: int | None = None) -> Aggregator:  # noqa: A001
+    r"""The sum of the rows: plain training on the sum of the losses.
+
+    See `jaxjd.weightings.sum`.
+
+    Args:
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.sum()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(update)
+      [2. 2. 2.]
+    """
+    return weighted(weightings.sum(), num_tasks=num_tasks)
+
+
+def upgrad(
+    pref_vector: jax.typing.ArrayLike | None = None,
+    projector: DualConeProjector | None = None,
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""UPGrad: projects every row onto the dual cone of all rows, then sums.
+
+    See `jaxjd.weightings.upgrad` (Quinton and Rey, 2024).
+
+    Args:
+      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      projector: How to project, exact by default (`jaxjd.linalg`).
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.upgrad()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print(jnp.round(update, 4))
+      [0.2924 1.9006 1.9006]
+    """
+    return weighted(weightings.upgrad(pref_vector, projector), num_tasks=num_tasks)

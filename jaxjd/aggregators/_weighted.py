@@ -1,0 +1,127 @@
+"""From a weighting to an aggregator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxjd.base import (
+    Aggregator,
+    AggregatorState,
+    CrossGramianWeighting,
+    Jacobian,
+    JacobianWeighting,
+    PyTree,
+    Weighting,
+    weight_dtype,
+)
+from jaxjd.checks import check_static_int
+from jaxjd.linalg.algebra import combine, count_tasks, cross_gramian, gramian
+
+
+def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregator:
+    r"""Makes an aggregator from a weighting: :math:`A(J) = w(J)^\top J`.
+
+    Args:
+      weighting: Any weighting. One of the Gramian gets :math:`J J^\top`, a `JacobianWeighting` the
+        Jacobian, and a `CrossGramianWeighting` gets :math:`J_1 J_2^\top` of the extra argument
+        ``cross_jacobians=(J1, J2)``, while the Jacobian passed as updates is what is combined.
+      num_tasks: The number of tasks ``m``. Needed if the weighting's state depends on it; with it
+        the state also holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`. It runs anywhere an optax gradient
+      transformation does; as the first link of a chain it turns a Jacobian into an update.
+
+    Raises:
+      ValueError: If `weighting` is none, or needs a missing `num_tasks`; in `update`, if the
+        Jacobian is malformed, does not fit the parameters or `num_tasks`, or if
+        `cross_jacobians` is missing or malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxjd
+      >>> smoothed = jaxjd.weightings.cr_mogm(jaxjd.weightings.upgrad())
+      >>> tx = optax.chain(jaxjd.weighted(smoothed, num_tasks=2), optax.sgd(1.0))
+      >>> params = jnp.zeros(3)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> updates, state = tx.update(jacobian, tx.init(params), params)
+      >>> print(jnp.round(updates, 4))
+      [-0.2924 -1.9006 -1.9006]
+      >>> print(jnp.round(state[0].weights, 4))
+      [1.1111 0.7895]
+    """
+    if not isinstance(weighting, Weighting):
+        raise ValueError(
+            "`weighting` must be a jaxjd.Weighting (a factory has to be called first), got "
+            f"{type(weighting).__name__}."
+        )
+    if num_tasks is None:
+        _check_stateless(weighting)
+    else:
+        num_tasks = check_static_int("num_tasks", num_tasks, at_least=1)
+
+    def init(params: PyTree) -> AggregatorState:
+        weights = () if num_tasks is None else jnp.zeros((num_tasks,), weight_dtype(params))
+        return AggregatorState(weights=weights, weighting=weighting.init(num_tasks, params))
+
+    def update(
+        updates: Jacobian, state: AggregatorState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, AggregatorState]:
+        m = count_tasks(updates, params)
+        if m is None:
+            return updates, state
+        check_num_tasks(m, num_tasks)
+        stat = read_stat(weighting, updates, extra_args)
+        weights, inner = weighting.update(stat, state.weighting, **extra_args)
+        if weights.shape != (m,):
+            raise ValueError(f"Expected weights of shape {(m,)}, found {weights.shape}.")
+        logged = () if num_tasks is None else weights.astype(jnp.asarray(state.weights).dtype)
+        return combine(weights, updates), AggregatorState(weights=logged, weighting=inner)
+
+    return Aggregator(init, update)  # type: ignore[arg-type]
+
+
+def check_num_tasks(found: int, num_tasks: int | None) -> None:
+    """Checks a Jacobian's number of tasks against the one that an aggregator was made with.
+
+    Raises:
+      ValueError: If they differ.
+    """
+    if num_tasks is not None and found != num_tasks:
+        raise ValueError(
+            f"The aggregator was made with num_tasks={num_tasks}, but the Jacobian has {found} "
+            "rows (the size of its leading task axis)."
+        )
+
+
+def read_stat(weighting: Weighting, jacobian: Jacobian, extra_args: dict[str, Any]) -> Any:
+    """Computes the statistic that a weighting reads.
+
+    Raises:
+      ValueError: If it needs `cross_jacobians`, and they are missing or malformed.
+    """
+    if isinstance(weighting, JacobianWeighting):
+        return jacobian
+    if isinstance(weighting, CrossGramianWeighting):
+        pair = extra_args.get("cross_jacobians")
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(
+                "This weighting reads A = J1 J2^T of two independent batches: pass "
+                "`cross_jacobians=(J1, J2)` to update, two Jacobians like the first argument; got "
+                f"{type(pair).__name__}."
+            )
+        return cross_gramian(*pair)
+    return gramian(jacobian)
+
+
+def _check_stateless(weighting: Weighting) -> None:
+    placeholder = jax.ShapeDtypeStruct((), jnp.float32)
+    try:
+        jax.eval_shape(lambda params: weighting.init(None, params), placeholder)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "The state of this weighting depends on the number of tasks, which optax does not pass "
+            f"to init: pass `num_tasks=` to the aggregator. ({error})"
+        ) from error

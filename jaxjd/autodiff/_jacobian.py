@@ -1,0 +1,196 @@
+"""The dense engine: losses and the Jacobian in one forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxjd.base import Jacobian, PyTree
+from jaxjd.checks import check_static_int, path_name, type_name
+
+
+def value_and_jacobian(
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    form: str = "dense",
+) -> Callable[..., tuple[Any, Jacobian]]:
+    """Returns a function that computes the losses and their Jacobian.
+
+    The forward pass runs once; then every task is pulled back through it.
+
+    Args:
+      fn: A function that returns the losses: a vector, an array of any shape, or a pytree of such
+        (a list, tuple or dict of scalars, for example). With `has_aux` it returns ``(losses, aux)``.
+      argnums: Which positional arguments to differentiate; a sequence gives a tuple of Jacobians.
+      has_aux: Whether `fn` returns auxiliary output next to the losses.
+      chunk_size: How many tasks are pulled back at once, at least 1; all by default. Less memory
+        for more time.
+      form: ``"dense"``: every leaf of the Jacobian is an array.
+
+    Returns:
+      A function of the arguments of `fn` that returns ``(losses, jacobian)``, or
+      ``((losses, aux), jacobian)`` with `has_aux`. The losses have the structure that `fn` gave
+      them. Each leaf of the Jacobian has shape ``(m, *param.shape)`` and the dtype of its
+      parameter; the `m` losses are counted in the order of their pytree, row-major within a leaf.
+
+    Raises:
+      ValueError: If an option is out of range; when called, if a differentiated leaf or a loss is
+        not floating point (its path is named), or if there are no losses.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> def losses(params, x):
+      ...     return {"fit": (params["w"] @ x - 1.0) ** 2, "size": params["w"] @ params["w"]}
+      >>> params, x = {"w": jnp.array([1.0, 2.0])}, jnp.array([1.0, 1.0])
+      >>> values, jacobian = jaxjd.value_and_jacobian(losses)(params, x)
+      >>> print(values["fit"], values["size"])
+      4.0 5.0
+      >>> print(jacobian["w"])
+      [[4. 4.]
+       [2. 4.]]
+    """
+    if form != "dense":
+        raise ValueError(f'`form` must be "dense", got {form!r}.')
+    if chunk_size is not None:
+        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    single = not isinstance(argnums, Sequence)
+    numbers: tuple[int, ...] = (argnums,) if single else tuple(argnums)  # type: ignore[arg-type]
+
+    def value_and_jacobian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Jacobian]:
+        positions = [_position(number, len(args)) for number in numbers]
+        chosen = [args[position] for position in positions]
+        for arg in chosen:
+            check_differentiable(arg)
+
+        def losses_of(*chosen_args: Any) -> Any:
+            full = list(args)
+            for position, arg in zip(positions, chosen_args, strict=True):
+                full[position] = arg
+            return fn(*full, **kwargs)
+
+        if has_aux:
+            losses, pull_back, aux = jax.vjp(losses_of, *chosen, has_aux=True)
+        else:
+            losses, pull_back = jax.vjp(losses_of, *chosen)
+        jacobians = pull_back_tasks(pull_back, task_basis(losses), chunk_size)
+        jacobian = jacobians[0] if single else jacobians
+        return ((losses, aux) if has_aux else losses), jacobian
+
+    return value_and_jacobian_fn
+
+
+def stack_tasks(jacobian: PyTree, losses: PyTree) -> Jacobian:
+    """Gives what ``jax.jacrev`` returns for a pytree of losses one leading task axis.
+
+    For a vector of losses ``jax.jacrev`` already returns a Jacobian as jaxjd reads it. For a list or
+    dict of losses it returns a list or dict of pytrees like the parameters; for losses of shape
+    ``(a, b)`` its leaves have two task axes. This puts the tasks in the order of
+    `value_and_jacobian`.
+
+    Args:
+      jacobian: What ``jax.jacrev(fn)(params)`` or ``jax.jacfwd(fn)(params)`` returned.
+      losses: What ``fn(params)`` returned, or the same structure with `jax.ShapeDtypeStruct`.
+
+    Returns:
+      A pytree like the parameters whose leaves have shape ``(m, *param.shape)``.
+
+    Raises:
+      ValueError: If the structure of `jacobian` does not start with that of `losses`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxjd
+      >>> fn = lambda w: [w @ w, w.sum()]
+      >>> w = jnp.array([1.0, 2.0])
+      >>> print(jaxjd.stack_tasks(jax.jacrev(fn)(w), fn(w)))
+      [[2. 4.]
+       [1. 1.]]
+    """
+    shapes, treedef = jax.tree.flatten(jax.tree.map(jnp.shape, losses), is_leaf=_is_shape)
+    try:
+        parts = treedef.flatten_up_to(jacobian)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "The Jacobian must start with the structure of the losses: expected "
+            f"{treedef}, found {jax.tree.structure(jacobian)}."
+        ) from error
+
+    def stack(path: Any, *leaves: jax.Array) -> jax.Array:
+        rows = []
+        for shape, leaf in zip(shapes, leaves, strict=True):
+            if leaf.shape[: len(shape)] != shape:
+                raise ValueError(
+                    f"Jacobian leaf '{path_name(path)}': expected a shape that starts with the "
+                    f"losses' {shape}, found {leaf.shape}."
+                )
+            rows.append(leaf.reshape(math.prod(shape), *leaf.shape[len(shape) :]))
+        return jnp.concatenate(rows)
+
+    return jax.tree.map_with_path(stack, *parts)
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+
+
+def _position(number: int, num_args: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ValueError(f"`argnums` must hold ints, got {number!r}.")
+    if not -num_args <= number < num_args:
+        raise ValueError(f"`argnums` has {number}, but there are {num_args} positional arguments.")
+    return number % num_args
+
+
+def check_differentiable(params: PyTree) -> None:
+    """Checks that every leaf is a real floating point array.
+
+    Raises:
+      ValueError: If one is not; its path is named.
+    """
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"Parameter leaf '{path_name(path)}': expected a real floating point dtype, found "
+                f"{type_name(leaf)}. Pass it as another argument of the function."
+            )
+
+
+def task_basis(losses: PyTree) -> PyTree:
+    """Returns the `m` unit cotangents of the losses, stacked along a leading axis.
+
+    Raises:
+      ValueError: If a loss is not floating point or there are none.
+    """
+    leaves, treedef = jax.tree.flatten(losses)
+    for path, leaf in jax.tree.leaves_with_path(losses):
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"Loss '{path_name(path)}': expected a floating point array, found "
+                f"{type_name(leaf)}. With auxiliary output, pass has_aux=True."
+            )
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    m = sum(sizes)
+    if m == 0:
+        raise ValueError("The function returned no losses.")
+    basis, offset = [], 0
+    for leaf, size in zip(leaves, sizes, strict=True):
+        block = jnp.eye(m, size, k=-offset, dtype=leaf.dtype)
+        basis.append(block.reshape(m, *leaf.shape))
+        offset += size
+    return jax.tree.unflatten(treedef, basis)
+
+
+def pull_back_tasks(
+    pull_back: Callable[[Any], Any], cotangents: PyTree, chunk_size: int | None
+) -> Any:
+    """Pulls a stack of cotangents back, `chunk_size` at a time."""
+    m = jax.tree.leaves(cotangents)[0].shape[0]
+    if chunk_size is None or chunk_size >= m:
+        return jax.vmap(pull_back)(cotangents)
+    return lax.map(pull_back, cotangents, batch_size=chunk_size)

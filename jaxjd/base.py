@@ -1,0 +1,186 @@
+"""The vocabulary: weightings, aggregators, their states, and the types they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxjd.checks import check_static_int
+
+try:
+    from optax.experimental.aggregating import Aggregator as _AggregatorBase
+except ImportError:  # optax without the experimental protocol.
+    _AggregatorBase = optax.GradientTransformationExtraArgs  # type: ignore[misc,assignment]
+
+PyTree: TypeAlias = Any
+"""Any JAX pytree."""
+
+Jacobian: TypeAlias = Any
+"""A pytree like the parameters; every leaf has a leading task axis: ``(m, *param.shape)``."""
+
+Gramian: TypeAlias = jax.Array
+"""The ``(m, m)`` matrix of the inner products of the rows of a Jacobian."""
+
+
+class WeightingInit(Protocol):
+    """The type of `Weighting.init`."""
+
+    def __call__(self, num_tasks: Any, params: PyTree | None = None) -> PyTree:
+        """Returns the initial state for `num_tasks` tasks."""
+        ...
+
+
+class WeightingUpdate(Protocol):
+    """The type of `Weighting.update`."""
+
+    def __call__(self, stat: Any, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+        """Returns the weights and the next state."""
+        ...
+
+
+class Weighting(NamedTuple):
+    """A pair of pure functions that turn a statistic of the Jacobian into one weight per task.
+
+    The statistic of this class is the Gramian ``G = J J^T``, an ``(m, m)`` array. The two marker
+    subclasses `JacobianWeighting` and `CrossGramianWeighting` read something else; they add no
+    field, so each weighting unpacks as a pair.
+
+    Attributes:
+      init: ``init(num_tasks, params=None) -> state``. `num_tasks` is a static int; `params` may
+        hold `jax.ShapeDtypeStruct` leaves. A weighting whose state does not depend on the number
+        of tasks accepts ``None`` for it.
+      update: ``update(stat, state, **extra_args) -> (weights, state)``, with weights of shape
+        ``(m,)`` in the dtype of the statistic. Unknown extra arguments are ignored.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> init, update = jaxjd.weightings.mean()
+      >>> weights, state = update(jnp.eye(4), init(4))
+      >>> print(weights)
+      [0.25 0.25 0.25 0.25]
+    """
+
+    init: WeightingInit
+    update: WeightingUpdate
+
+
+class JacobianWeighting(Weighting):
+    """A `Weighting` whose statistic is the Jacobian pytree itself (for example ExcessMTL).
+
+    Example:
+      >>> import jaxjd
+      >>> isinstance(jaxjd.weightings.excess_mtl(), jaxjd.JacobianWeighting)
+      True
+    """
+
+    __slots__ = ()
+
+
+class CrossGramianWeighting(Weighting):
+    """A `Weighting` whose statistic is ``A = J1 J2^T``, from two independent batches.
+
+    `A` has shape ``(m, m)``; it is neither symmetric nor positive semi-definite in general.
+
+    Example:
+      >>> import jaxjd
+      >>> isinstance(jaxjd.weightings.modo(), jaxjd.CrossGramianWeighting)
+      True
+    """
+
+    __slots__ = ()
+
+
+class Aggregator(_AggregatorBase):
+    """An optax gradient transformation that takes a Jacobian and returns an update.
+
+    ``init(params)`` returns the state, ``update(jacobian, state, params=None, **extra_args)``
+    returns updates with the shapes and dtypes of the parameters, and the next state. Where optax
+    has ``optax.experimental.aggregating.Aggregator``, this is a subclass of it.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.sum()
+      >>> jacobian = {"w": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])}
+      >>> update, _ = aggregator.update(jacobian, aggregator.init({"w": jnp.zeros(3)}))
+      >>> print(update["w"])
+      [2. 2. 2.]
+    """
+
+    __slots__ = ()
+
+
+class AggregatorState(NamedTuple):
+    """The state of an aggregator made by `jaxjd.weighted`.
+
+    Attributes:
+      weights: The weights of the last call, shape ``(m,)``, zeros before the first one; the empty
+        tuple when the aggregator was made without `num_tasks`.
+      weighting: The state of the weighting.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> print(jaxjd.mean(num_tasks=2).init(jnp.zeros(3)))
+      AggregatorState(weights=Array([0., 0.], dtype=float32), weighting=())
+    """
+
+    weights: jax.Array | tuple[()]
+    weighting: PyTree
+
+
+def stateless(num_tasks: Any = None, params: PyTree | None = None) -> tuple[()]:
+    """The `init` of every weighting without state."""
+    del num_tasks, params
+    return ()
+
+
+def require_num_tasks(num_tasks: Any, name: str) -> int:
+    """Checks the number of tasks that the state of `name` is sized by.
+
+    Raises:
+      ValueError: If it is missing or not a positive static int.
+    """
+    if num_tasks is None:
+        raise ValueError(
+            f"The state of `{name}` depends on the number of tasks: pass `num_tasks=`."
+        )
+    return check_static_int("num_tasks", num_tasks, at_least=1)
+
+
+def weight_dtype(tree: PyTree | None) -> jnp.dtype:
+    """Returns the dtype in which weights of this tree are computed: at least float32.
+
+    Without leaves to go by it is JAX's default float dtype.
+    """
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    if not floats:
+        return jnp.asarray(0.0).dtype
+    return jnp.dtype(jnp.result_type(jnp.float32, *floats))
+
+
+def fresh_key(key: jax.Array | int) -> jax.Array:
+    """Returns a typed key that shares no buffer with `key`, so that a state may be donated.
+
+    Raises:
+      ValueError: If `key` is neither an int, nor a typed key, nor raw key data.
+    """
+    if not hasattr(key, "dtype"):
+        return jax.random.key(check_static_int("key", key, at_least=0))
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(key)), impl=_key_impl(key))
+    if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+        return jax.random.key(key)
+    if key.dtype == jnp.uint32:
+        return jax.random.wrap_key_data(jnp.copy(key))
+    raise ValueError(f"`key` must be an int or a jax.random.key, got {key.dtype}{list(key.shape)}.")
+
+
+def _key_impl(key: jax.Array) -> Any:
+    return jax.random.key_impl(key)
+
+
+AggregatorInit: TypeAlias = Callable[[PyTree], PyTree]

@@ -1,0 +1,117 @@
+"""Trace-time checks shared by every layer: each failure is a ``ValueError``.
+
+The messages follow one pattern: what was looked at (a leaf's path or a parameter's name), what was
+expected, and what was found.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Returns the readable name of a key path, for example ``'encoder/kernel'``."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "<root>"
+
+
+def type_name(value: Any) -> str:
+    """Returns ``float32[2,3]`` for arrays and the type's name for anything else."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return type(value).__name__
+
+
+def check_range(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Checks a scalar hyper-parameter that is known now; traced values pass unchecked.
+
+    Args:
+      name: The parameter's name, for the message.
+      value: A Python or NumPy number, an array, or a tracer.
+      at_least: Inclusive lower bound.
+      above: Exclusive lower bound.
+      at_most: Inclusive upper bound.
+      below: Exclusive upper bound.
+
+    Raises:
+      ValueError: If `value` is not a scalar, or is a known number outside the bounds.
+    """
+    if not isinstance(value, numbers.Real):
+        if isinstance(value, (str, bytes)) or value is None or not hasattr(value, "shape"):
+            raise ValueError(f"`{name}` must be a number, got {value!r}.")
+        if value.shape != ():
+            raise ValueError(f"`{name}` must be a scalar, got {type_name(value)}.")
+        return  # An array may be traced (vmap, inject_hyperparams): its value cannot be read.
+    bounds = (
+        (at_least, ">=", lambda bound: value >= bound),
+        (above, ">", lambda bound: value > bound),
+        (at_most, "<=", lambda bound: value <= bound),
+        (below, "<", lambda bound: value < bound),
+    )
+    wanted = " and ".join(f"{sign} {bound:g}" for bound, sign, _ in bounds if bound is not None)
+    if not all(holds(bound) for bound, _, holds in bounds if bound is not None):
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+
+
+def check_static_int(name: str, value: Any, *, at_least: int) -> int:
+    """Checks an integer that shapes or trip counts depend on.
+
+    Raises:
+      ValueError: If `value` is traced, not an integer, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        hint = ""
+        if hasattr(value, "aval"):
+            hint = f" (under optax.inject_hyperparams, name {name!r} in static_args)"
+        raise ValueError(f"`{name}` must be a static int, got {type_name(value)}{hint}.")
+    if value < at_least:
+        raise ValueError(f"`{name}` must be >= {at_least}, got {value}.")
+    return int(value)
+
+
+def check_vector(name: str, value: Any) -> None:
+    """Checks that a hyper-parameter is one-dimensional.
+
+    Raises:
+      ValueError: If it is not.
+    """
+    if jnp.ndim(value) != 1:
+        raise ValueError(
+            f"`{name}` must be a vector with one entry per task, got shape {jnp.shape(value)}."
+        )
+
+
+def check_square(name: str, value: Any) -> int:
+    """Checks that an argument is a non-empty floating point square matrix; returns its size.
+
+    Raises:
+      ValueError: If it is anything else.
+    """
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"`{name}` must be a matrix of shape (m, m), got {type_name(value)}.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"`{name}` must be floating point, got {type_name(value)}.")
+    return shape[0]
+
+
+def check_length(name: str, found: int, num_tasks: int) -> None:
+    """Checks that a per-task hyper-parameter or state has one entry per task.
+
+    Raises:
+      ValueError: If it has not.
+    """
+    if found != num_tasks:
+        raise ValueError(f"`{name}` has {found} entries, but there are {num_tasks} tasks.")

@@ -1,0 +1,139 @@
+"""One weighting for all groups of parameters, solved in one batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxjd.aggregators._weighted import check_num_tasks, read_stat, weighted
+from jaxjd.base import Aggregator, Jacobian, JacobianWeighting, PyTree, Weighting, weight_dtype
+from jaxjd.grouping._partition import skeleton
+from jaxjd.grouping.labels import resolve
+from jaxjd.linalg.algebra import combine, count_tasks
+
+
+class GroupedState(NamedTuple):
+    """The state of `grouped`; groups are in the sorted order of their labels.
+
+    Attributes:
+      weights: The last weights of every group, shape ``(g, m)``, zeros at first; the empty tuple
+        without `num_tasks`.
+      weighting: The weighting's states, stacked along a leading axis of size `g`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.grouped(
+      ...     jaxjd.weightings.gradvac(), jaxjd.labels.by_tensor, num_tasks=2
+      ... )
+      >>> state = aggregator.init({"w": jnp.zeros(3), "b": jnp.zeros(1)})
+      >>> state.weights.shape, state.weighting.target.shape
+      ((2, 2), (2, 2, 2))
+    """
+
+    weights: jax.Array | tuple[()]
+    weighting: PyTree
+
+
+def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) -> Aggregator:
+    r"""Gives every group of parameters weights of its own, all by one weighting in one batch.
+
+    The Gramians of the `g` groups are stacked to ``(g, m, m)`` and the weighting is mapped over
+    them, each group with its own state. It equals `jaxjd.partition` with the same aggregator for
+    every label, but is one small batched problem instead of `g`. Random weightings draw
+    independently for every group.
+
+    Args:
+      weighting: A weighting of the Gramian or of the cross-Gramian. (For one of the Jacobian use
+        `jaxjd.partition`.)
+      labels: As for `jaxjd.partition`.
+      num_tasks: The number of tasks ``m``, as for `jaxjd.weighted`.
+
+    Returns:
+      An `Aggregator` with state `GroupedState`.
+
+    Raises:
+      ValueError: As for `jaxjd.weighted`, and if a leaf has no label or the state belongs to
+        another number of groups.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.grouped(jaxjd.weightings.upgrad(), jaxjd.labels.by_tensor, num_tasks=2)
+      >>> params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+      >>> jacobian = {"a": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), "b": jnp.eye(2)}
+      >>> updates, state = aggregator.update(jacobian, aggregator.init(params), params)
+      >>> print(jnp.round(state.weights, 4))
+      [[1.1111 0.7895]
+       [0.5    0.5   ]]
+    """
+    weighted(weighting, num_tasks=num_tasks)  # Reports a bad weighting or number of tasks.
+    if isinstance(weighting, JacobianWeighting):
+        raise ValueError(
+            "`grouped` stacks Gramians; for a weighting of the Jacobian use `jaxjd.partition` with "
+            "one aggregator per label."
+        )
+
+    def init(params: PyTree) -> GroupedState:
+        size = max(1, len(set(resolve(labels, params))))
+        state = weighting.init(num_tasks, params)
+        weights: Any = ()
+        if num_tasks is not None:
+            weights = jnp.zeros((size, num_tasks), weight_dtype(params))
+        return GroupedState(weights, jax.tree.map(lambda leaf: _repeat(leaf, size), state))
+
+    def update(
+        updates: Jacobian, state: GroupedState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, GroupedState]:
+        m = count_tasks(updates, params)
+        if m is None:
+            return updates, state
+        check_num_tasks(m, num_tasks)
+        found = resolve(labels, skeleton(updates) if params is None else params)
+        groups = sorted(set(found))
+        for leaf in jax.tree.leaves(state):
+            if leaf.shape[0] != len(groups):
+                raise ValueError(
+                    f"The state holds {leaf.shape[0]} groups, but the labels are {groups}."
+                )
+        leaves, treedef = jax.tree.flatten(updates)
+        pair = extra_args.get("cross_jacobians")
+
+        def stat_of(group: str) -> Any:
+            cut = [leaf for leaf, label in zip(leaves, found, strict=True) if label == group]
+            extra = dict(extra_args)
+            if isinstance(pair, (tuple, list)):
+                extra["cross_jacobians"] = tuple(
+                    _pick(part, treedef, found, group) for part in pair
+                )
+            return read_stat(weighting, cut, extra)
+
+        stats = jnp.stack([stat_of(group) for group in groups])
+        solve = jax.vmap(lambda stat, inner: weighting.update(stat, inner, **extra_args))
+        weights, inner = solve(stats, state.weighting)
+        number = {group: place for place, group in enumerate(groups)}
+        combined = [
+            combine(weights[number[label]], leaf) for leaf, label in zip(leaves, found, strict=True)
+        ]
+        logged: Any = ()
+        if num_tasks is not None:
+            logged = weights.astype(jnp.asarray(state.weights).dtype)
+        return jax.tree.unflatten(treedef, combined), GroupedState(logged, inner)
+
+    return Aggregator(init, update)  # type: ignore[arg-type]
+
+
+def _pick(jacobian: Jacobian, treedef: Any, found: list[str], group: str) -> list[Any]:
+    leaves, structure = jax.tree.flatten(jacobian)
+    if structure != treedef:
+        raise ValueError(
+            f"`cross_jacobians` must have the structure of the Jacobian, {treedef}, found "
+            f"{structure}."
+        )
+    return [leaf for leaf, label in zip(leaves, found, strict=True) if label == group]
+
+
+def _repeat(leaf: jax.Array, size: int) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.vmap(lambda number: jax.random.fold_in(leaf, number))(jnp.arange(size))
+    return jnp.broadcast_to(leaf, (size, *leaf.shape))

@@ -1,0 +1,169 @@
+"""A different aggregator for every group of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxjd.base import Aggregator, Jacobian, PyTree
+from jaxjd.checks import path_name
+from jaxjd.grouping.labels import resolve
+
+
+class PartitionState(NamedTuple):
+    """The state of `partition`.
+
+    Attributes:
+      inner_states: The state of every label's aggregator, by label.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.partition({"all": jaxjd.mean()}, "all")
+      >>> sorted(aggregator.init(jnp.zeros(3)).inner_states)
+      ['all']
+    """
+
+    inner_states: dict[str, PyTree]
+
+
+def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: Any) -> Aggregator:
+    r"""Aggregates every group of parameters on its own, with its own aggregator and state.
+
+    Each group sees the Jacobian of its parameters only: its Gramian, its conflicts, its weights.
+
+    Args:
+      aggregators: An aggregator for every label; also a chain that starts with one, or, for
+        parameters that come with a plain gradient instead of a Jacobian (task heads), any
+        transformation of gradients, such as ``optax.identity()``.
+      labels: A pytree of strings with the structure of the parameters or a prefix of it, or a
+        function of the parameters that returns one (see `jaxjd.labels`). A function is called on
+        parameters (in `update` without `params`, on their shapes), never on the Jacobian, whose
+        leaves have one axis more.
+
+    Returns:
+      An `Aggregator` with state `PartitionState`. Extra arguments reach every aggregator; those
+      with the structure of the Jacobian, and tuples of such, reach it cut to its group.
+
+    Raises:
+      ValueError: If `aggregators` is empty; in `init` and `update`, if a leaf has no label, a label
+        no aggregator or an aggregator no leaf, or if a group's transformation returns something
+        that is not shaped like its parameters (an ``optax.set_to_zero()`` on a Jacobian, say).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.partition(
+      ...     {"encoder": jaxjd.upgrad(), "decoder": jaxjd.sum()}, jaxjd.labels.by_network
+      ... )
+      >>> params = {"encoder": {"w": jnp.zeros(3)}, "decoder": {"w": jnp.zeros(3)}}
+      >>> rows = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> jacobian = {"encoder": {"w": rows}, "decoder": {"w": rows}}
+      >>> updates, _ = aggregator.update(jacobian, aggregator.init(params), params)
+      >>> print(jnp.round(updates["encoder"]["w"], 4), updates["decoder"]["w"])
+      [0.2924 1.9006 1.9006] [2. 2. 2.]
+    """
+    transforms = {
+        label: optax.with_extra_args_support(transform) for label, transform in aggregators.items()
+    }
+    if not transforms:
+        raise ValueError("`aggregators` must map at least one label to an aggregator.")
+
+    def init(params: PyTree) -> PartitionState:
+        found = _resolve(labels, params, transforms)
+        return PartitionState(
+            {label: tx.init(_cut(params, found, label)) for label, tx in transforms.items()}
+        )
+
+    def update(
+        updates: Jacobian, state: PartitionState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PartitionState]:
+        leaves, treedef = jax.tree.flatten(updates)
+        like = skeleton(updates) if params is None else params
+        found = _resolve(labels, like, transforms)
+        if len(found) != len(leaves):
+            raise ValueError(
+                f"The Jacobian has {len(leaves)} leaves, but the parameters have {len(found)}."
+            )
+        paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
+        shapes = None if params is None else [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+        results: list[Any] = [None] * len(leaves)
+        inner_states = {}
+        for label, tx in transforms.items():
+            cut_params = None if params is None else _cut(params, found, label)
+            cut_extra = {
+                name: _cut_extra(value, treedef, found, label) for name, value in extra_args.items()
+            }
+            new, inner_states[label] = tx.update(
+                _cut(updates, found, label), state.inner_states[label], cut_params, **cut_extra
+            )
+            places = [place for place, name in enumerate(found) if name == label]
+            for place, leaf in zip(places, jax.tree.leaves(new), strict=True):
+                expected = None if shapes is None else shapes[place]
+                _check_shape(label, paths[place], leaf, leaves[place], expected)
+                results[place] = leaf
+        return jax.tree.unflatten(treedef, results), PartitionState(inner_states)
+
+    return Aggregator(init, update)  # type: ignore[arg-type]
+
+
+def skeleton(jacobian: Jacobian) -> PyTree:
+    """Returns the shapes of the parameters that a Jacobian belongs to."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), jacobian)
+
+
+def _resolve(labels: Any, params: PyTree, transforms: Mapping[str, Any]) -> list[str]:
+    found = resolve(labels, params)
+    unknown = sorted(set(found) - set(transforms))
+    if unknown:
+        raise ValueError(
+            f"The labels {unknown} have no aggregator; there are aggregators for "
+            f"{sorted(transforms)}."
+        )
+    unused = sorted(set(transforms) - set(found))
+    # Without leaves there is nothing to label: optax initializes with such placeholders.
+    if found and unused:
+        raise ValueError(
+            f"The aggregators of {unused} have no parameter; the labels are {sorted(set(found))}."
+        )
+    return found
+
+
+def _cut(tree: PyTree, found: list[str], label: str) -> PyTree:
+    """Replaces the leaves of other groups by nodes without leaves."""
+    leaves, treedef = jax.tree.flatten(tree)
+    kept = [
+        leaf if name == label else optax.MaskedNode()
+        for leaf, name in zip(leaves, found, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, kept)
+
+
+def _cut_extra(value: Any, treedef: Any, found: list[str], label: str) -> Any:
+    if treedef.num_leaves and jax.tree.structure(value) == treedef:
+        return _cut(value, found, label)
+    if isinstance(value, (tuple, list)) and value:
+        if all(jax.tree.structure(item) == treedef for item in value):
+            return type(value)(_cut(item, found, label) for item in value)
+    return value
+
+
+def _check_shape(
+    label: str, path: Any, new: Any, old: Any, expected: tuple[int, ...] | None
+) -> None:
+    name = path_name(path)
+    if expected is None and new.shape == old.shape:
+        raise ValueError(
+            f"Leaf '{name}' in group {label!r} came out with the shape {new.shape} that it went in "
+            "with: pass `params` to update if it is a plain gradient; if it is a Jacobian, its "
+            "group needs an aggregator."
+        )
+    if expected is None:
+        expected = old.shape[1:]
+    if new.shape != expected:
+        raise ValueError(
+            f"Leaf '{name}' in group {label!r}: expected an update of shape {expected}, found "
+            f"{new.shape}. A group with a Jacobian needs an aggregator first."
+        )

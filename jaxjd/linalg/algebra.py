@@ -1,0 +1,256 @@
+"""The algebra of the task axis: the only functions that read the numbers of a Jacobian.
+
+A Jacobian is a pytree like the parameters whose leaves have a leading task axis. Everything else in
+jaxjd sees a Jacobian through `gramian`, `cross_gramian`, `combine` and `materialize`, so that how a
+leaf is stored is decided here alone. A leaf is never reshaped to an ``(m, n)`` matrix: contracting
+over its own axes keeps its sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
+from jaxjd.checks import check_length, path_name, type_name
+
+# Signs of small inner products carry the conflict: TF32 and bfloat16 products would destroy them.
+_PRECISION = lax.Precision.HIGHEST
+
+
+def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
+    """Checks that a pytree is a Jacobian and returns its number of tasks ``m``.
+
+    Args:
+      jacobian: A pytree whose leaves have a leading task axis of one common size.
+      params: The parameters it belongs to, for a check of every leaf's shape.
+
+    Returns:
+      ``m``, or ``None`` for a pytree without leaves.
+
+    Raises:
+      ValueError: If a leaf is not a floating point array, has no task axis, disagrees with another
+        leaf about ``m``, or does not fit its parameter. The message names the leaf's path.
+    """
+    leaves = jax.tree.leaves_with_path(jacobian)
+    first: tuple[str, int] | None = None
+    for path, leaf in leaves:
+        name = path_name(path)
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"Jacobian leaf '{name}': expected an array with a leading task axis, "
+                f"found {type_name(leaf)}."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"Jacobian leaf '{name}': expected a real floating point dtype, found "
+                f"{type_name(leaf)}. Differentiate with respect to floating point leaves only."
+            )
+        if leaf.ndim == 0 or leaf.shape[0] == 0:
+            raise ValueError(
+                f"Jacobian leaf '{name}': expected a leading task axis, found shape {leaf.shape}."
+            )
+        first = first or (name, leaf.shape[0])
+        if leaf.shape[0] != first[1]:
+            raise ValueError(
+                f"Jacobian leaf '{name}': expected a task axis of size {first[1]} as in leaf "
+                f"'{first[0]}', found shape {leaf.shape}. Is it a gradient without a task axis?"
+            )
+    if params is not None and first is not None:
+        _check_against_params(leaves, params)
+    return None if first is None else first[1]
+
+
+def _check_against_params(leaves: Sequence[tuple[Any, Any]], params: PyTree) -> None:
+    params_leaves = jax.tree.leaves(params)
+    if len(params_leaves) != len(leaves):
+        raise ValueError(
+            f"The Jacobian has {len(leaves)} leaves, but the parameters have {len(params_leaves)}."
+        )
+    for (path, leaf), param in zip(leaves, params_leaves, strict=True):
+        if leaf.shape[1:] != jnp.shape(param):
+            raise ValueError(
+                f"Jacobian leaf '{path_name(path)}': expected shape (m, *{jnp.shape(param)}) for "
+                f"its parameter, found {leaf.shape}."
+                + (" It has no task axis." if leaf.shape == jnp.shape(param) else "")
+            )
+
+
+def gramian(jacobian: Jacobian) -> Gramian:
+    r"""Computes the Gramian of the rows, :math:`G = J J^\top`, summed over the leaves.
+
+    .. math:: G_{ij} = \sum_{\text{leaves}} \langle J_i, J_j \rangle
+
+    Products are taken at ``Precision.HIGHEST`` and accumulated in float32 or better, whatever the
+    dtype of the leaves.
+
+    Args:
+      jacobian: A pytree whose leaves have shape ``(m, *param.shape)``. ``None`` holes are skipped.
+
+    Returns:
+      An array of shape ``(m, m)``; its dtype is the leaves' promoted dtype, at least float32.
+
+    Raises:
+      ValueError: If the pytree has no leaves or is not a Jacobian.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> print(jaxjd.gramian({"w": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])}))
+      [[ 18. -22.]
+       [-22.  38.]]
+    """
+    _require_leaves(jacobian, "jacobian")
+    dtype = weight_dtype(jacobian)
+    # Passing the same leaf twice lets XLA see the symmetry of the product.
+    return _sum_of([_leaf_product(leaf, leaf, dtype) for leaf in jax.tree.leaves(jacobian)])
+
+
+def cross_gramian(jacobian_1: Jacobian, jacobian_2: Jacobian) -> jax.Array:
+    r"""Computes :math:`A = J_1 J_2^\top` for the Jacobians of two independent batches.
+
+    Args:
+      jacobian_1: A pytree whose leaves have shape ``(m, *param.shape)``.
+      jacobian_2: A pytree of the same structure and shapes.
+
+    Returns:
+      An array of shape ``(m, m)``, in the promoted dtype of the leaves, at least float32. In
+      expectation over the batches it is the Gramian of the expected Jacobian.
+
+    Raises:
+      ValueError: If either is not a Jacobian or the two do not match; the leaf's path is named.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> print(jaxjd.cross_gramian(jnp.eye(2), jnp.array([[1.0, 2.0], [3.0, 4.0]])))
+      [[1. 3.]
+       [2. 4.]]
+    """
+    _require_leaves(jacobian_1, "jacobian_1")
+    _require_leaves(jacobian_2, "jacobian_2")
+    leaves_1 = jax.tree.leaves_with_path(jacobian_1)
+    leaves_2 = jax.tree.leaves(jacobian_2)
+    if jax.tree.structure(jacobian_1) != jax.tree.structure(jacobian_2):
+        raise ValueError(
+            "The two Jacobians of a cross-Gramian must have the same structure, found "
+            f"{jax.tree.structure(jacobian_1)} and {jax.tree.structure(jacobian_2)}."
+        )
+    for (path, leaf_1), leaf_2 in zip(leaves_1, leaves_2, strict=True):
+        if leaf_1.shape != leaf_2.shape:
+            raise ValueError(
+                f"Jacobian leaf '{path_name(path)}': expected one shape in both Jacobians, found "
+                f"{leaf_1.shape} and {leaf_2.shape}."
+            )
+    dtype = weight_dtype((jacobian_1, jacobian_2))
+    pairs = zip(leaves_1, leaves_2, strict=True)
+    return _sum_of([_leaf_product(leaf_1, leaf_2, dtype) for (_, leaf_1), leaf_2 in pairs])
+
+
+def combine(weights: jax.Array, jacobian: Jacobian) -> PyTree:
+    r"""Combines the rows of a Jacobian into one update, :math:`w^\top J`.
+
+    Args:
+      weights: One weight per task, shape ``(m,)``.
+      jacobian: A pytree whose leaves have shape ``(m, *param.shape)``.
+
+    Returns:
+      A pytree like the parameters; each leaf has the dtype of its Jacobian leaf, with the sum over
+      tasks accumulated in float32 or better.
+
+    Raises:
+      ValueError: If it is not a Jacobian, or has not one row per weight.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> print(jaxjd.combine(jnp.array([1.0, 2.0]), jnp.array([[-4.0, 1.0], [6.0, 1.0]])))
+      [8. 3.]
+    """
+    if getattr(weights, "ndim", None) != 1:
+        raise ValueError(f"`weights` must have shape (m,), got {type_name(weights)}.")
+    num_tasks = count_tasks(jacobian)
+    if num_tasks is not None:
+        check_length("weights", weights.shape[0], num_tasks)
+    return jax.tree.map(lambda leaf: _leaf_combination(weights, leaf), jacobian)
+
+
+def materialize(jacobian: Jacobian) -> Jacobian:
+    """Returns the Jacobian with every leaf as a plain array of shape ``(m, *param.shape)``.
+
+    What needs the entries of a Jacobian, not only its products, calls this, leaf by leaf where the
+    memory matters.
+
+    Args:
+      jacobian: A pytree whose leaves have shape ``(m, *param.shape)``.
+
+    Returns:
+      The same pytree with plain arrays.
+
+    Raises:
+      ValueError: If it is not a Jacobian.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> jaxjd.materialize({"w": jnp.ones((2, 3))})["w"].shape
+      (2, 3)
+    """
+    count_tasks(jacobian)
+    return jax.tree.map(jnp.asarray, jacobian)
+
+
+def _require_leaves(jacobian: Jacobian, name: str) -> None:
+    if count_tasks(jacobian) is None:
+        raise ValueError(f"`{name}` has no leaves, so it has no Gramian.")
+
+
+def _sum_of(products: Sequence[jax.Array]) -> jax.Array:
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
+    return total
+
+
+def _leaf_product(leaf_1: jax.Array, leaf_2: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    axes = tuple(range(1, leaf_1.ndim))
+    leaf_1, leaf_2 = jnp.asarray(leaf_1), jnp.asarray(leaf_2)
+    if leaf_1.dtype != leaf_2.dtype:
+        leaf_1, leaf_2 = leaf_1.astype(dtype), leaf_2.astype(dtype)
+    return lax.dot_general(
+        leaf_1,
+        leaf_2,
+        ((axes, axes), ((), ())),
+        precision=_PRECISION,
+        preferred_element_type=dtype,
+        out_sharding=_explicit_sharding(leaf_1, PartitionSpec(None, None)),
+    ).astype(dtype)
+
+
+def _leaf_combination(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    dtype = jnp.result_type(weights.dtype, leaf.dtype)
+    spec = None
+    if (mesh := _explicit_mesh(leaf)) is not None:
+        del mesh
+        spec = PartitionSpec(*jax.typeof(leaf).sharding.spec[1:])
+    return lax.dot_general(
+        weights.astype(dtype),
+        leaf.astype(dtype),
+        (((0,), (0,)), ((), ())),
+        precision=_PRECISION,
+        preferred_element_type=dtype,
+        out_sharding=_explicit_sharding(leaf, spec),
+    ).astype(leaf.dtype)
+
+
+def _explicit_mesh(array: jax.Array) -> Any | None:
+    mesh = jax.typeof(array).sharding.mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def _explicit_sharding(array: jax.Array, spec: PartitionSpec | None) -> NamedSharding | None:
+    """Under an Explicit mesh a contraction over sharded axes must name the sharding it wants."""
+    mesh = _explicit_mesh(array)
+    return None if mesh is None or spec is None else NamedSharding(mesh, spec)

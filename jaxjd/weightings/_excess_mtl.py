@@ -1,0 +1,147 @@
+"""Robust multi-task learning with excess risks (ExcessMTL)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
+from jaxjd.checks import check_length, check_range, check_static_int
+from jaxjd.linalg.algebra import count_tasks, materialize
+
+
+class ExcessMTLState(NamedTuple):
+    """The state of `excess_mtl`.
+
+    Attributes:
+      count: The number of calls, shape ``()``, int32.
+      log_weights: The logarithms of the weights, shape ``(m,)``, ``-log m`` each at first.
+      baseline: The risks that later ones are relative to, shape ``(m,)``; a running mean until the
+        warm-up is over.
+      squares: The sums of the squared entries of all Jacobians so far: a pytree like the
+        parameters whose leaves have shape ``(m, *param.shape)``; at least float32.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> state = jaxjd.weightings.excess_mtl().init(2, {"w": jnp.zeros(3)})
+      >>> state.squares["w"].shape
+      (2, 3)
+    """
+
+    count: jax.Array
+    log_weights: jax.Array
+    baseline: jax.Array
+    squares: PyTree
+
+
+def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> JacobianWeighting:
+    r"""ExcessMTL: gives more weight to tasks that are far from their optimum, not to noisy ones.
+
+    The excess risk of a task is estimated with a diagonal, AdaGrad-like curvature,
+
+    .. math:: S \leftarrow S + J \odot J, \qquad r_i = \sum_k J_{ik}^2 / \sqrt{S_{ik}},
+
+    and the weights follow an exponentiated gradient step on the risks relative to their baseline,
+
+    .. math:: w \leftarrow \operatorname{softmax}(\log w + \eta \, r / r^{(0)}).
+
+    From He et al., "Robust Multi-Task Learning with Excess Risks" (ICML 2024,
+    https://arxiv.org/abs/2402.02009). The baseline :math:`r^{(0)}` is the mean risk of the warm-up
+    calls; without a warm-up it is the risk of the first call, as in the authors' code. Weights are
+    uniform in all of those calls, so ``n_warmup_steps=0`` and ``1`` are the same. (TorchJD 0.18
+    steps with the unscaled risk in its first call, which drives the weights to one task for good.)
+    Risks are relative, so nothing depends on the scale of the losses. Memory is one Jacobian.
+
+    Args:
+      robust_step_size: The step size :math:`\eta` of the weights, positive.
+      n_warmup_steps: The number of first calls that only collect statistics, non-negative and
+        static. The paper recommends three epochs.
+
+    Returns:
+      A `JacobianWeighting` with state `ExcessMTLState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `init`, without `num_tasks` or `params`; in
+        `update`, if the Jacobian does not fit the state.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> weighting = jaxjd.weightings.excess_mtl()
+      >>> state = weighting.init(2, jnp.zeros(2))
+      >>> weights, state = weighting.update(jnp.array([[2.0, 0.0], [1.0, 0.0]]), state)
+      >>> print(weights)
+      [0.5 0.5]
+      >>> weights, state = weighting.update(jnp.array([[2.0, 0.0], [0.1, 0.0]]), state)
+      >>> print(jnp.round(weights, 3))
+      [0.668 0.332]
+    """
+    check_range("robust_step_size", robust_step_size, above=0)
+    n_warmup_steps = check_static_int("n_warmup_steps", n_warmup_steps, at_least=0)
+    baseline_calls = max(1, n_warmup_steps)
+
+    def init(num_tasks: int, params: PyTree | None = None) -> ExcessMTLState:
+        m = require_num_tasks(num_tasks, "excess_mtl")
+        if params is None:
+            raise ValueError(
+                "The state of `excess_mtl` has the parameters' structure: pass params."
+            )
+        dtype = weight_dtype(params)
+
+        def accumulator(param: Any) -> jax.Array:
+            # Broadcasting keeps the sharding of the parameter in the type.
+            zeros = jnp.zeros_like(param, dtype=jnp.promote_types(param.dtype, jnp.float32))
+            return jnp.broadcast_to(zeros, (m, *zeros.shape))
+
+        return ExcessMTLState(
+            count=jnp.zeros((), jnp.int32),
+            log_weights=jnp.full((m,), -jnp.log(jnp.asarray(m, dtype)), dtype),
+            baseline=jnp.zeros((m,), dtype),
+            squares=jax.tree.map(accumulator, params),
+        )
+
+    def update(
+        stat: Jacobian, state: ExcessMTLState, **extra_args: Any
+    ) -> tuple[jax.Array, ExcessMTLState]:
+        m = count_tasks(stat)
+        if m is None:
+            return jnp.exp(state.log_weights), state
+        check_length("state.log_weights", state.log_weights.shape[0], m)
+        squares, treedef = jax.tree.flatten(state.squares)
+        leaves = jax.tree.leaves(stat)
+        if [leaf.shape for leaf in leaves] != [square.shape for square in squares]:
+            raise ValueError(
+                "The Jacobian does not have the leaves that `excess_mtl` was initialized with: "
+                f"expected shapes {[square.shape for square in squares]}, "
+                f"found {[leaf.shape for leaf in leaves]}."
+            )
+        dtype = weight_dtype(stat)
+        risk = jnp.zeros((m,), dtype)
+        for i, leaf in enumerate(leaves):
+            square = jnp.square(materialize(leaf).astype(squares[i].dtype))
+            squares[i] = squares[i] + square
+            known = squares[i] > 0
+            terms = jnp.where(known, square / jnp.sqrt(jnp.where(known, squares[i], 1)), 0)
+            risk = risk + jnp.sum(terms, axis=tuple(range(1, terms.ndim))).astype(dtype)
+
+        collecting = state.count < baseline_calls
+        baseline = state.baseline.astype(dtype)
+        # A task whose baseline is zero counts as unchanged once it has a gradient.
+        relative = jnp.where(
+            baseline > 0, risk / jnp.where(baseline > 0, baseline, 1), (risk > 0).astype(dtype)
+        )
+        log_weights = state.log_weights.astype(dtype)
+        moved = jax.nn.log_softmax(log_weights + robust_step_size * relative)
+        log_weights = jnp.where(collecting, log_weights, moved)
+        baseline = jnp.where(collecting, baseline + risk / baseline_calls, baseline)
+        next_state = ExcessMTLState(
+            count=optax.safe_increment(state.count),
+            log_weights=log_weights.astype(state.log_weights.dtype),
+            baseline=baseline.astype(state.baseline.dtype),
+            squares=jax.tree.unflatten(treedef, squares),
+        )
+        return jnp.exp(log_weights).astype(dtype), next_state
+
+    return JacobianWeighting(init, update)

@@ -1,0 +1,90 @@
+"""Weights that do not look at the gradients: mean, sum and constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.checks import check_length, check_square, check_vector
+
+
+def mean() -> Weighting:
+    r"""Weights every task equally: :math:`w_i = 1 / m`.
+
+    With it an aggregated step is the step of plain training on the mean of the losses. Stateless.
+
+    Returns:
+      A `Weighting`.
+
+    Raises:
+      ValueError: In `update`, if the Gramian is not an ``(m, m)`` floating point array.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> weighting = jaxjd.weightings.mean()
+      >>> print(weighting.update(jnp.eye(2), weighting.init(2))[0])
+      [0.5 0.5]
+    """
+
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+        m = check_square("gramian", stat)
+        return jnp.full((m,), 1 / m, stat.dtype), state
+
+    return Weighting(stateless, update)
+
+
+def sum() -> Weighting:  # noqa: A001
+    r"""Weights every task by one: :math:`w_i = 1`.
+
+    Stateless.
+
+    Returns:
+      A `Weighting`.
+
+    Raises:
+      ValueError: In `update`, if the Gramian is not an ``(m, m)`` floating point array.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> weighting = jaxjd.weightings.sum()
+      >>> print(weighting.update(jnp.eye(2), weighting.init(2))[0])
+      [1. 1.]
+    """
+
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+        return jnp.ones((check_square("gramian", stat),), stat.dtype), state
+
+    return Weighting(stateless, update)
+
+
+def constant(weights: jax.typing.ArrayLike) -> Weighting:
+    r"""Weights the tasks by given numbers: :math:`w` is `weights`.
+
+    Stateless.
+
+    Args:
+      weights: One number per task, shape ``(m,)``.
+
+    Returns:
+      A `Weighting`.
+
+    Raises:
+      ValueError: If `weights` is not a vector, or, in `update`, has not one entry per task.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> weighting = jaxjd.weightings.constant([1.0, 2.0])
+      >>> print(weighting.update(jnp.eye(2), weighting.init(2))[0])
+      [1. 2.]
+    """
+    weights = jnp.asarray(weights)
+    check_vector("weights", weights)
+
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+        check_length("weights", weights.shape[0], check_square("gramian", stat))
+        return weights.astype(stat.dtype), state
+
+    return Weighting(stateless, update)
