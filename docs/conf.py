@@ -1,13 +1,17 @@
 """Sphinx configuration. Build with `python -m sphinx -W --keep-going docs docs/_build/html`."""
 
-import importlib
 import importlib.metadata
 import inspect
 import os
 import pathlib
+import pkgutil
 import shutil
+import sys
 
+from docutils import nodes
 from sphinx.util import logging
+
+import jaxjd
 
 HERE = pathlib.Path(__file__).parent
 
@@ -46,6 +50,9 @@ html_title = "jaxjd"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_static_path: list[str] = []
 
+# autodoc imports what it documents by name, and `labels` is defined deeper in the package.
+sys.modules["jaxjd.labels"] = jaxjd.labels
+
 templates_path = ["_templates"]
 default_role = "py:obj"
 
@@ -55,7 +62,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -72,23 +79,25 @@ def check_coverage(app, env):
     """Warns about public names that no page documents; with -W the build then fails."""
     logger = logging.getLogger(__name__)
     documented = {id(_resolve(name)) for name in env.get_domain("py").objects}
-    for module_name in ("jaxjd", "jaxjd.labels", "jaxjd.linalg", "jaxjd.weightings"):
-        module = importlib.import_module(module_name)
+    for module in (jaxjd, jaxjd.labels, jaxjd.linalg, jaxjd.weightings):
         for name in module.__all__:
             value = getattr(module, name)
-            if name.startswith("__") or inspect.ismodule(value):
-                continue
-            if id(value) not in documented:
-                logger.warning("%s.%s is public but on no page of docs/api", module_name, name)
+            if not inspect.ismodule(value) and id(value) not in documented:
+                logger.warning("%s.%s is public, but on no page", module.__name__, name)
 
 
 def _resolve(full_name):
     """Imports what a documented name such as `jaxjd.linalg.gramian` stands for."""
-    module_name, _, name = full_name.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), name, None)
-    except ImportError:  # A member of a class.
+        return pkgutil.resolve_name(full_name)
+    except (AttributeError, ImportError):  # Not a name but a field in a docstring.
         return None
+
+
+def strip_code(app, doctree):
+    """Removes the empty line that ends the examples in Markdown, where doctest needs it."""
+    for block in doctree.findall(nodes.literal_block):
+        block.children = [nodes.Text(block.astext().rstrip("\n"))]
 
 
 def skip_fields(app, what, name, obj, skip, options):
@@ -99,4 +108,5 @@ def skip_fields(app, what, name, obj, skip, options):
 def setup(app):
     """Connects the functions above."""
     app.connect("env-check-consistency", check_coverage)
+    app.connect("doctree-read", strip_code)
     app.connect("autodoc-skip-member", skip_fields)

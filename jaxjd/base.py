@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -11,10 +10,12 @@ import optax
 
 from jaxjd.checks import check_static_int
 
-try:
-    from optax.experimental.aggregating import Aggregator as _AggregatorBase
-except ImportError:  # optax without the experimental protocol.
-    _AggregatorBase = optax.GradientTransformationExtraArgs  # type: ignore[misc,assignment]
+# optax's experimental protocol for transformations of stacked gradients, where optax has it.
+_AggregatorBase: Any = getattr(
+    getattr(getattr(optax, "experimental", None), "aggregating", None),
+    "Aggregator",
+    optax.GradientTransformationExtraArgs,
+)
 
 PyTree: TypeAlias = Any
 """Any JAX pytree."""
@@ -168,19 +169,13 @@ def fresh_key(key: jax.Array | int) -> jax.Array:
     Raises:
       ValueError: If `key` is neither an int, nor a typed key, nor raw key data.
     """
-    if not hasattr(key, "dtype"):
+    if not isinstance(key, jax.Array):
         return jax.random.key(check_static_int("key", key, at_least=0))
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(key)), impl=_key_impl(key))
+        data = jnp.copy(jax.random.key_data(key))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
         return jax.random.key(key)
     if key.dtype == jnp.uint32:
         return jax.random.wrap_key_data(jnp.copy(key))
     raise ValueError(f"`key` must be an int or a jax.random.key, got {key.dtype}{list(key.shape)}.")
-
-
-def _key_impl(key: jax.Array) -> Any:
-    return jax.random.key_impl(key)
-
-
-AggregatorInit: TypeAlias = Callable[[PyTree], PyTree]

@@ -27,7 +27,7 @@ def value_and_jacobian(
 
     Args:
       fn: A function that returns the losses: a vector, an array of any shape, or a pytree of such
-        (a list, tuple or dict of scalars, for example). With `has_aux` it returns ``(losses, aux)``.
+        (a list, tuple or dict of scalars, say). With `has_aux` it returns ``(losses, aux)``.
       argnums: Which positional arguments to differentiate; a sequence gives a tuple of Jacobians.
       has_aux: Whether `fn` returns auxiliary output next to the losses.
       chunk_size: How many tasks are pulled back at once, at least 1; all by default. Less memory
@@ -75,6 +75,7 @@ def value_and_jacobian(
                 full[position] = arg
             return fn(*full, **kwargs)
 
+        aux = None
         if has_aux:
             losses, pull_back, aux = jax.vjp(losses_of, *chosen, has_aux=True)
         else:
@@ -89,7 +90,7 @@ def value_and_jacobian(
 def stack_tasks(jacobian: PyTree, losses: PyTree) -> Jacobian:
     """Gives what ``jax.jacrev`` returns for a pytree of losses one leading task axis.
 
-    For a vector of losses ``jax.jacrev`` already returns a Jacobian as jaxjd reads it. For a list or
+    For a vector of losses ``jax.jacrev`` returns a Jacobian as jaxjd reads it. For a list or
     dict of losses it returns a list or dict of pytrees like the parameters; for losses of shape
     ``(a, b)`` its leaves have two task axes. This puts the tasks in the order of
     `value_and_jacobian`.

@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -133,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _known(valid: dict[str, object], kind: str) -> Callable[[str], str]:
+def _known(valid: Mapping[str, object], kind: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in valid:
             raise argparse.ArgumentTypeError(

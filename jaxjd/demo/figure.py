@@ -1,12 +1,14 @@
 """The picture: losses and cosines between tasks over the training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from jaxjd.demo.data import Dataset
 from jaxjd.demo.results import Curves, Result, curves
@@ -55,12 +57,24 @@ def _panels(dataset: Dataset, series: Curves) -> dict[str, tuple[np.ndarray, np.
 def _draw(
     axis: Axes, title: str, lines: list[tuple[np.ndarray, np.ndarray]], results: list[Result]
 ) -> None:
-    styles = [{"color": "black", "ls": "--", "lw": 1.8, "zorder": 3}]
+    styles: list[dict[str, Any]] = [{"color": "black", "ls": "--", "lw": 1.8, "zorder": 3}]
     styles += [{"color": _COLORS[i % len(_COLORS)], "lw": 1.3} for i in range(len(lines) - 1)]
     for (steps, values), style, result in zip(lines, styles, results, strict=True):
         axis.plot(steps, values, label=result.name, **style)
     if "cosine" in title:
         axis.axhline(0, color="0.4", lw=0.8)
+    elif _spans_orders([values for _, values in lines]):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
     axis.set_title(title, fontsize=11)
     axis.set_xlabel("step")
     axis.grid(alpha=0.25)
+
+
+def _spans_orders(series: list[np.ndarray]) -> bool:
+    """Whether positive values differ so much that only a logarithmic axis shows the small ones."""
+    values = np.concatenate(series)
+    values = values[np.isfinite(values)]
+    return values.size > 0 and values.min() > 0 and values.max() > 5 * values.min()

@@ -30,6 +30,7 @@ DEFINITIONS = {
     "compile_seconds": "time to trace and compile that step",
     "conflict_share": "share of the steps in which the gradients of some two tasks had a negative "
     "inner product",
+    "conflicting_pairs_share": "share of all pairs of tasks with one, mean over the steps",
     "direction_raises_share": "share of the steps in which the direction d that goes into adam "
     f"raises a loss to first order: g_i . d < -{ROUNDING:g} |g_i| |d| for some task i",
     "update_raises_share": "the same for the update that comes out of adam",
@@ -175,6 +176,7 @@ def _method_as_json(result: Result, baseline: Result) -> dict[str, Any]:
         "step_ratio": result.median_ms / baseline.median_ms,
         "compile_seconds": result.compile_seconds,
         "conflict_share": result.conflict_share,
+        "conflicting_pairs_share": result.conflicting_pairs_share,
         "direction_raises_share": result.direction_raises_share,
         "update_raises_share": result.update_raises_share,
         "curves": curves(result)._asdict(),

@@ -44,7 +44,12 @@ class Result(NamedTuple):
     @property
     def conflict_share(self) -> float:
         """Share of steps in which two tasks' gradients conflicted."""
-        return float(np.mean(self.run.measures.min_cosine < 0))
+        return float(np.mean(self.run.measures.conflicting_pairs > 0))
+
+    @property
+    def conflicting_pairs_share(self) -> float:
+        """Share of pairs of tasks that conflicted, mean over the steps."""
+        return float(np.mean(self.run.measures.conflicting_pairs))
 
     @property
     def direction_raises_share(self) -> float:

@@ -43,7 +43,7 @@ _STEPS_A_ROUND = 6
 
 
 class Measures(NamedTuple):
-    """What is recorded of each training step; over a run each field gains a leading step axis.
+    """What is recorded of a training step, or with a leading step axis, as NumPy arrays, of a run.
 
     Attributes:
         losses: Shape `(m,)`, the losses of the step's batch before the step.
@@ -51,16 +51,18 @@ class Measures(NamedTuple):
             A head's gradient is zero for all other tasks, so over all parameters the cosines have
             the same signs and smaller values.
         min_cosine: The smallest of these cosines.
+        conflicting_pairs: Share of the pairs with a negative cosine.
         direction_raises: Whether the direction `d` that goes into adam raises a loss to first
             order: `g_i . d < -1e-6 |g_i| |d|` for some task, where the parameters move along `-d`.
         update_raises: The same for the update that comes out of adam.
     """
 
-    losses: jax.Array
-    mean_cosine: jax.Array
-    min_cosine: jax.Array
-    direction_raises: jax.Array
-    update_raises: jax.Array
+    losses: Any
+    mean_cosine: Any
+    min_cosine: Any
+    conflicting_pairs: Any
+    direction_raises: Any
+    update_raises: Any
 
 
 class Method(NamedTuple):
@@ -126,13 +128,12 @@ def make_method(
         The method, whose steps take arguments of exactly these shapes.
     """
     adam = optax.adam(learning_rate)
+    links: list[optax.GradientTransformation] = []
+    gradient_fn = jacobian_fn = jaxjd.value_and_jacobian(losses_fn)
     if name == BASELINE:
-        gradient_fn, links = _mean_gradient(losses_fn), ()
-        jacobian_fn = jaxjd.value_and_jacobian(losses_fn)
+        gradient_fn = _mean_gradient(losses_fn)
     else:
-        gradient_fn = jaxjd.value_and_jacobian(losses_fn)
-        links = (AGGREGATORS[name](num_tasks, seed),)
-        jacobian_fn = None
+        links = [AGGREGATORS[name](num_tasks, seed)]
 
     tx = optax.chain(*links, adam)
     measured_tx = optax.chain(*links, _record_direction(), adam)
@@ -251,13 +252,16 @@ def _make_step(gradient_fn: Step, tx: optax.GradientTransformation) -> Step:
 
 
 def _make_measured_step(
-    gradient_fn: Step, tx: optax.GradientTransformation, jacobian_fn: Step | None
+    gradient_fn: Step, tx: optax.GradientTransformation, jacobian_fn: Step
 ) -> Step:
-    """The step with measuring; without `jacobian_fn` the gradients are themselves a Jacobian."""
+    """The step with measuring. Where `gradient_fn` is `jacobian_fn`, the Jacobian is made once."""
 
     def step(params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Measures]:
         losses, gradient = gradient_fn(params, *batch)
-        jacobian = gradient if jacobian_fn is None else jacobian_fn(params, *batch)[1]
+        if jacobian_fn is gradient_fn:
+            jacobian = gradient
+        else:
+            _, jacobian = jacobian_fn(params, *batch)
         updates, state = tx.update(gradient, state, params)
         (direction,) = (s.direction for s in state if isinstance(s, _RecordState))
         measures = _measure(losses, jacobian, direction, jax.tree.map(jnp.negative, updates))
@@ -288,17 +292,20 @@ def _record_direction() -> optax.GradientTransformation:
 def _measure(losses: jax.Array, jacobian: Any, direction: Params, update: Params) -> Measures:
     cosines = _cosines(jaxjd.gramian(trunk(jacobian)))
     norms = jnp.sqrt(jnp.diagonal(jaxjd.gramian(jacobian)))
-    descents = jax.tree.map(lambda *rows: jnp.stack(rows), direction, update)
-    descent_norms = jnp.sqrt(jnp.diagonal(jaxjd.gramian(descents)))
-    # Along -d, loss i changes by -g_i . d to first order.
-    decreases = jaxjd.cross_gramian(jacobian, descents)
-    raises = jnp.any(decreases < -ROUNDING * jnp.outer(norms, descent_norms), axis=0)
+
+    def raises_a_loss(descent: Params) -> jax.Array:
+        """Whether a step along `-descent` raises a loss: to first order it adds `-g_i . d`."""
+        rows = jax.tree.map(lambda d: jnp.broadcast_to(d, (len(losses), *d.shape)), descent)
+        products = jaxjd.cross_gramian(jacobian, rows)[:, 0]
+        return jnp.any(products < -ROUNDING * norms * optax.tree.norm(descent))
+
     return Measures(
         losses=losses,
         mean_cosine=jnp.mean(cosines),
         min_cosine=jnp.min(cosines),
-        direction_raises=raises[0],
-        update_raises=raises[1],
+        conflicting_pairs=jnp.mean(cosines < 0),
+        direction_raises=raises_a_loss(direction),
+        update_raises=raises_a_loss(update),
     )
 
 

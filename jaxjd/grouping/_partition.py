@@ -144,9 +144,9 @@ def _cut(tree: PyTree, found: list[str], label: str) -> PyTree:
 def _cut_extra(value: Any, treedef: Any, found: list[str], label: str) -> Any:
     if treedef.num_leaves and jax.tree.structure(value) == treedef:
         return _cut(value, found, label)
-    if isinstance(value, (tuple, list)) and value:
-        if all(jax.tree.structure(item) == treedef for item in value):
-            return type(value)(_cut(item, found, label) for item in value)
+    several = isinstance(value, (tuple, list)) and len(value) > 0
+    if several and all(jax.tree.structure(item) == treedef for item in value):
+        return type(value)(_cut(item, found, label) for item in value)
     return value
 
 

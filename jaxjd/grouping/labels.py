@@ -173,7 +173,7 @@ def resolve(labels: Any, params: PyTree) -> list[str]:
     Raises:
       ValueError: If a leaf has no label, or a label is not a string or belongs to no leaf.
     """
-    # A module or state with a `__call__` is a label tree; only a leaf that is callable is a function.
+    # A module with a `__call__` is a label tree; only a callable leaf is a function.
     if callable(labels) and jax.tree_util.all_leaves([labels]):
         labels = labels(params)
     leaves = [(key_names(path), path) for path, _ in jax.tree.leaves_with_path(params)]

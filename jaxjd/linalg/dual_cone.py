@@ -88,9 +88,9 @@ def regularized_projector(norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Dual
     r"""Returns the projector of TorchJD's problem, solved exactly.
 
     It replaces the Gramian by :math:`G' = G / \operatorname{tr}(G) + \epsilon_{reg} I`, or by
-    :math:`\epsilon_{reg} I` where :math:`\operatorname{tr}(G) < \epsilon_{norm}`. The result depends
-    on the lengths of the rows and on their common scale, and may conflict with short rows; it is
-    here for comparisons with TorchJD.
+    :math:`\epsilon_{reg} I` where :math:`\operatorname{tr}(G) < \epsilon_{norm}`. The result
+    depends on the lengths of the rows and on their common scale, and may conflict with short rows;
+    it is here for comparisons with TorchJD.
 
     Args:
       norm_eps: The trace below which the Gramian counts as zero, non-negative.

@@ -116,7 +116,7 @@ def cr_mogm(
         if initial_weights is None:
             smoothed = jnp.where(state.count == 0, new, smoothed)
         next_state = CRMOGMState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             weights=smoothed.astype(state.weights.dtype),
             inner=inner,
         )

@@ -137,7 +137,7 @@ def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> Jacobi
         log_weights = jnp.where(collecting, log_weights, moved)
         baseline = jnp.where(collecting, baseline + risk / baseline_calls, baseline)
         next_state = ExcessMTLState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             log_weights=log_weights.astype(state.log_weights.dtype),
             baseline=baseline.astype(state.baseline.dtype),
             squares=jax.tree.unflatten(treedef, squares),

@@ -21,7 +21,7 @@ def imtl_g() -> Weighting:
     so that :math:`\langle g_i, J^\top w \rangle / \|g_i\|` is the same for all tasks. From Liu et
     al., "Towards Impartial Multi-Task Learning" (ICLR 2021). Stateless. Weights may be negative.
     They are zero where :math:`\sum v` vanishes to rounding, as for a zero Gramian. The
-    pseudo-inverse is taken of the unit-diagonal form :math:`C`, as :math:`v = D^{-1} C^{+} 1`: equal
+    pseudo-inverse is taken of the unit-diagonal form :math:`C`, :math:`v = D^{-1} C^{+} 1`: equal
     for a regular Gramian, and independent of the rows' lengths for a singular one.
 
     Returns:

@@ -26,7 +26,9 @@ class RandomState(NamedTuple):
 
 
 def random(key: jax.Array | int = 0) -> Weighting:
-    r"""Draws new weights at every call: :math:`w = \operatorname{softmax}(z)`, :math:`z \sim N(0, I)`.
+    r"""RLW: new random weights at every call.
+
+    .. math:: w = \operatorname{softmax}(z), \quad z \sim N(0, I)
 
     From Lin et al., "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task
     Learning" (TMLR 2022, https://arxiv.org/abs/2111.10603).

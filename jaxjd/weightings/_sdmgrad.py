@@ -42,7 +42,7 @@ def sdmgrad(
     lambda_: float = 0.3,
     pref_vector: jax.typing.ArrayLike | None = None,
 ) -> CrossGramianWeighting:
-    r"""SDMGrad: the minimum-norm direction, pulled towards a preferred one, from independent batches.
+    r"""SDMGrad: the minimum-norm direction, pulled towards a preferred one, without bias.
 
     With :math:`A = J_1 J_2^\top` divided by the square of the mean root of its non-negative
     diagonal, it takes `n_iter` steps of stochastic gradient descent with momentum, projected onto
@@ -60,7 +60,7 @@ def sdmgrad(
       momentum: The momentum of the inner steps, in [0, 1). It starts anew at every call.
       n_iter: The number of inner steps, positive and static.
       lambda_: The pull :math:`\lambda` towards the preferred direction, non-negative.
-      pref_vector: The preferred weights :math:`\tilde w`, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferred weights :math:`\tilde w`, shape ``(m,)``; ``1 / m`` by default.
 
     Returns:
       A `CrossGramianWeighting` with state `SDMGradState`.

@@ -1,0 +1,214 @@
+"""One row per method: the conformance battery runs on every row.
+
+A new method is tested by adding a row here. The flags say what the method promises; the property
+tests read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxjd
+from jaxjd import weightings
+
+M = 3
+"""The number of tasks in the conformance battery."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A weighting with its aggregator.
+
+    Attributes:
+      name: The public name, and the test id.
+      weighting: Makes the weighting with the hyper-parameters of the test, or None.
+      aggregator: Makes the aggregator for `num_tasks` tasks.
+      stat: What the weighting reads: "gramian", "jacobian" or "cross".
+      random: Whether it draws random numbers.
+      stateful: Whether its weighting's state depends on the number of tasks.
+      homogeneous: Whether the aggregation scales with the Jacobian, ``A(cJ) = c A(J)``.
+      equivariant: Whether permuting the tasks permutes the weights.
+      non_conflicting: Whether the aggregation never conflicts with a row.
+      hyperparameters: Scalar arguments of the public factory that optax may inject.
+      required: Other arguments of the public factory.
+    """
+
+    name: str
+    weighting: Callable[[], jaxjd.Weighting] | None
+    aggregator: Callable[[int], optax.GradientTransformationExtraArgs]
+    stat: str = "gramian"
+    random: bool = False
+    stateful: bool = False
+    homogeneous: bool = True
+    equivariant: bool = True
+    non_conflicting: bool = False
+    hyperparameters: dict[str, float] = dataclasses.field(default_factory=dict)
+    required: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def extra_args(self, jacobian: Any) -> dict[str, Any]:
+        """The extra arguments that `update` needs."""
+        return {"cross_jacobians": (jacobian, jacobian)} if self.stat == "cross" else {}
+
+    def stat_of(self, jacobian: Any) -> Any:
+        """What the weighting reads of a Jacobian."""
+        return jacobian if self.stat == "jacobian" else jaxjd.gramian(jacobian)
+
+
+def _method(name: str, *, kwargs: dict[str, Any] | None = None, **flags: Any) -> Method:
+    """A row for a name that is both a weighting and an aggregator."""
+    kwargs = kwargs or {}
+    factory = getattr(jaxjd, name)
+    return Method(
+        name=name,
+        weighting=lambda: getattr(weightings, name)(**kwargs),
+        aggregator=lambda num_tasks: factory(**kwargs, num_tasks=num_tasks),
+        required=kwargs,
+        **flags,
+    )
+
+
+def _wrapped(name: str, make: Callable[[], jaxjd.Weighting], **flags: Any) -> Method:
+    """A row for a wrapper around a weighting."""
+    return Method(
+        name=name,
+        weighting=make,
+        aggregator=lambda num_tasks: jaxjd.weighted(make(), num_tasks=num_tasks),
+        stateful=True,
+        **flags,
+    )
+
+
+NAMED = (
+    _method("aligned_mtl"),
+    _method("cagrad", kwargs={"c": 0.5}, hyperparameters={"c": 0.5}),
+    _method("constant", kwargs={"weights": [0.2, 0.3, 0.5]}, equivariant=False),
+    _method("dualproj", non_conflicting=True),
+    _method("excess_mtl", stat="jacobian", stateful=True, hyperparameters={"robust_step_size": 1.0}),
+    _method("gradvac", random=True, stateful=True, hyperparameters={"beta": 0.5, "eps": 1e-8}),
+    _method("imtl_g"),
+    _method("mean"),
+    _method("mgda", non_conflicting=True),
+    _method(
+        "modo",
+        stat="cross",
+        stateful=True,
+        homogeneous=False,
+        hyperparameters={"gamma": 0.1, "rho": 0.1},
+    ),
+    _method("pcgrad", random=True),
+    _method("random", random=True),
+    _method(
+        "sdmgrad",
+        stat="cross",
+        stateful=True,
+        kwargs={"lr": 0.5},
+        hyperparameters={"lr": 0.5, "momentum": 0.5, "lambda_": 0.3},
+    ),
+    _method("sum"),
+    _method("upgrad", non_conflicting=True),
+)
+"""Every method of the public catalogue, by its public name."""
+
+WRAPPED = (
+    _wrapped("cr_mogm(upgrad)", lambda: weightings.cr_mogm(weightings.upgrad())),
+    _wrapped(
+        "cr_mogm(mean, schedule)",
+        lambda: weightings.cr_mogm(
+            weightings.mean(), optax.linear_schedule(0.0, 0.9, 5), jnp.array([0.2, 0.3, 0.5])
+        ),
+        equivariant=False,
+    ),
+    _wrapped(
+        "cr_mogm(excess_mtl)",
+        lambda: weightings.cr_mogm(weightings.excess_mtl(n_warmup_steps=2)),
+        stat="jacobian",
+    ),
+    _wrapped(
+        "cr_mogm(sdmgrad)", lambda: weightings.cr_mogm(weightings.sdmgrad()), stat="cross"
+    ),
+    _wrapped(
+        "flattening(upgrad)", lambda: weightings.flattening(weightings.upgrad())
+    ),
+    _wrapped(
+        "flattening(gradvac)", lambda: weightings.flattening(weightings.gradvac()), random=True
+    ),
+)
+"""Wrappers around weightings of every kind."""
+
+GROUPINGS = (
+    Method(
+        "grouped(upgrad)",
+        None,
+        lambda num_tasks: jaxjd.grouped(
+            weightings.upgrad(), jaxjd.labels.by_layer, num_tasks=num_tasks
+        ),
+        non_conflicting=True,
+    ),
+    Method(
+        "grouped(gradvac)",
+        None,
+        lambda num_tasks: jaxjd.grouped(
+            weightings.gradvac(), jaxjd.labels.by_tensor, num_tasks=num_tasks
+        ),
+        random=True,
+        stateful=True,
+    ),
+    Method(
+        "grouped(modo)",
+        None,
+        lambda num_tasks: jaxjd.grouped(
+            weightings.modo(), jaxjd.labels.by_layer, num_tasks=num_tasks
+        ),
+        stat="cross",
+        stateful=True,
+        homogeneous=False,
+    ),
+    Method(
+        "partition(upgrad, excess_mtl)",
+        None,
+        lambda num_tasks: jaxjd.partition(
+            {
+                "first": jaxjd.upgrad(num_tasks=num_tasks),
+                "second": jaxjd.excess_mtl(num_tasks=num_tasks),
+            },
+            {"first": "first", "second": "second"},
+        ),
+        stateful=True,
+    ),
+)
+"""Aggregators that work group by group, on the parameters of `example_params`."""
+
+WEIGHTINGS = NAMED + WRAPPED
+AGGREGATORS = NAMED + WRAPPED + GROUPINGS
+
+
+def example_params(dtype: Any = jnp.float32) -> Any:
+    """Parameters of two layers; a tensor, vectors and a scalar."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    return {
+        "first": {
+            "kernel": jax.random.normal(keys[0], (2, 3), dtype),
+            "bias": jax.random.normal(keys[1], (3,), dtype),
+        },
+        "second": {"kernel": jax.random.normal(keys[2], (3,), dtype), "scale": jnp.ones((), dtype)},
+    }
+
+
+def example_losses(params: Any) -> jax.Array:
+    """Three conflicting losses of `example_params`, in the dtype of the parameters."""
+    leaves = jax.tree.leaves(params)
+    size = jax.tree.reduce(lambda a, b: a + b, [jnp.sum(leaf * leaf) for leaf in leaves])
+    shift = jax.tree.reduce(lambda a, b: a + b, [jnp.sum(leaf) for leaf in leaves])
+    first = params["first"]["kernel"]
+    return jnp.stack([size, size - 4 * shift, jnp.sum(first[0] * first[1]) + 2 * shift])
+
+
+def by_name(method: Method) -> str:
+    """The test id of a row."""
+    return method.name

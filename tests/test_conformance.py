@@ -1,0 +1,304 @@
+"""Every registered method behaves as an optax transformation and as a pure function should."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+
+import jaxjd
+from tests import registry
+from tests.registry import AGGREGATORS, NAMED, WEIGHTINGS, M, Method, by_name
+
+all_aggregators = pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
+all_weightings = pytest.mark.parametrize("method", WEIGHTINGS, ids=by_name)
+
+
+def make_chain(method: Method) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(method.aggregator(M), optax.sgd(0.05, momentum=0.9))
+
+
+def make_step(method: Method, tx: optax.GradientTransformationExtraArgs):
+    def step(params, state):
+        jacobian = jax.jacrev(registry.example_losses)(params)
+        updates, state = tx.update(jacobian, state, params, **method.extra_args(jacobian))
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def types_of(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype), getattr(x, "weak_type", False)), tree)
+
+
+def raw(tree):
+    """Arrays instead of typed keys, so that values can be compared and written."""
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        tree,
+    )
+
+
+def random_jacobians(count: int) -> dict:
+    key_w, key_b = jax.random.split(jax.random.key(3))
+    return {
+        "w": jax.random.normal(key_w, (count, M, 4)),
+        "b": jax.random.normal(key_b, (count, M)),
+    }
+
+
+def test_catalogue_is_registered():
+    named = {method.name for method in NAMED}
+    returns_aggregator = {
+        name
+        for name in jaxjd.__all__
+        if inspect.isfunction(getattr(jaxjd, name))
+        and inspect.signature(getattr(jaxjd, name)).return_annotation == "Aggregator"
+    }
+    assert returns_aggregator - {"weighted", "partition", "grouped"} == named
+    wrappers = {"cr_mogm", "flattening"}
+    functions = {
+        name
+        for name in jaxjd.weightings.__all__
+        if inspect.isfunction(getattr(jaxjd.weightings, name))
+    }
+    assert functions - wrappers == named
+    for wrapper in wrappers:
+        assert any(method.name.startswith(wrapper) for method in WEIGHTINGS)
+
+
+@pytest.mark.parametrize("method", NAMED, ids=by_name)
+def test_alias_has_the_arguments_of_its_weighting(method):
+    weighting = inspect.signature(getattr(jaxjd.weightings, method.name)).parameters
+    alias = dict(inspect.signature(getattr(jaxjd, method.name)).parameters)
+    assert alias.pop("num_tasks").kind is inspect.Parameter.KEYWORD_ONLY
+    assert {n: p.default for n, p in alias.items()} == {n: p.default for n, p in weighting.items()}
+
+
+@all_aggregators
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_training_keeps_types_compiles_once_and_may_donate(method, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = registry.example_params(dtype)
+        tx = make_chain(method)
+        step = make_step(method, tx)
+        traces = []
+
+        def counted(params, state):
+            traces.append(None)
+            return step(params, state)
+
+        jitted = jax.jit(counted, donate_argnums=(0, 1))
+        state = tx.init(params)
+        types = types_of((params, state))
+        for _ in range(3):
+            params, state = jitted(params, state)
+            assert types_of((params, state)) == types
+        assert len(traces) == 1
+        assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(params))
+        chex.assert_tree_all_finite(raw((params, state)))
+        # Donated state must not take the factory's own buffers with it.
+        chex.assert_tree_all_finite(raw(tx.init(registry.example_params(dtype))))
+
+
+@all_aggregators
+def test_scan_equals_loop_bit_for_bit_from_a_saved_state(method):
+    tx = make_chain(method)
+    step = jax.jit(make_step(method, tx))
+    params = registry.example_params()
+    carry = (params, tx.init(params))
+    for _ in range(2):
+        carry = step(*carry)
+    # To bytes and back, into fresh arrays: what a checkpoint does.
+    saved = pickle.dumps(jax.tree.map(np.asarray, raw(carry)))
+    for _ in range(3):
+        carry = step(*carry)
+
+    template = (params, make_chain(method).init(params))
+    restored = jax.tree.map(
+        lambda like, value: jax.random.wrap_key_data(jnp.asarray(value))
+        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+        else jnp.asarray(value),
+        template,
+        pickle.loads(saved),
+    )
+    resumed = restored
+    for _ in range(3):
+        resumed = step(*resumed)
+    chex.assert_trees_all_equal(raw(resumed), raw(carry))
+
+    scanned, _ = jax.jit(lambda c: lax.scan(lambda c, _: (step(*c), None), c, length=3))(restored)
+    chex.assert_trees_all_close(raw(scanned), raw(carry), rtol=1e-5, atol=1e-6)
+
+
+@all_aggregators
+def test_jit_equals_eager(method):
+    params = registry.example_params()
+    tx = make_chain(method)
+    step = make_step(method, tx)
+    state = tx.init(params)
+    eager = step(params, state)
+    chex.assert_trees_all_close(
+        raw(jax.jit(step)(params, state)), raw(eager), rtol=1e-4, atol=1e-5
+    )
+
+
+@all_aggregators
+def test_state_is_a_pytree_of_arrays_that_init_makes_from_shapes(method):
+    params = registry.example_params()
+    shapes = jax.eval_shape(lambda: params)
+    aggregator = method.aggregator(M)
+    state = aggregator.init(params)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    chex.assert_trees_all_equal(raw(aggregator.init(shapes)), raw(state))
+    abstract = jax.eval_shape(aggregator.init, params)
+    assert types_of(abstract) == types_of(state)
+
+
+@all_aggregators
+def test_tree_map_params(method):
+    params = registry.example_params()
+    tx = make_chain(method)
+    state = tx.init(params)
+    mapped = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    momentum = optax.tree.get(mapped, "trace")
+    chex.assert_trees_all_equal(momentum, jax.tree.map(jnp.ones_like, params))
+
+
+@all_aggregators
+def test_unexpected_extra_args_and_leafless_trees(method):
+    params = registry.example_params()
+    aggregator = method.aggregator(M)
+    jacobian = jax.jacrev(registry.example_losses)(params)
+    extra = method.extra_args(jacobian)
+    state = aggregator.init(params)
+    expected, _ = aggregator.update(jacobian, state, params, **extra)
+    found, _ = aggregator.update(jacobian, state, params, losses=jnp.ones(M), value=1.0, **extra)
+    chex.assert_trees_all_equal(found, expected)
+    without_params, _ = aggregator.update(jacobian, state, **extra)
+    chex.assert_trees_all_equal(without_params, expected)
+    if method.weighting is not None:
+        empty, _ = aggregator.update({}, aggregator.init({}), {}, **method.extra_args({}))
+        assert empty == {}
+
+
+@pytest.mark.parametrize("method", NAMED, ids=by_name)
+def test_inject_hyperparams(method):
+    factory = getattr(jaxjd, method.name)
+    names = list(inspect.signature(factory).parameters)
+    static = [name for name in names if name not in method.hyperparameters]
+    injected = optax.inject_hyperparams(
+        factory, static_args=static, hyperparam_dtype=jnp.float32
+    )
+    tx = injected(**{**method.required, **method.hyperparameters, "num_tasks": M})
+    plain = factory(**{**method.required, **method.hyperparameters, "num_tasks": M})
+    params = registry.example_params()
+    jacobian = jax.jacrev(registry.example_losses)(params)
+    extra = method.extra_args(jacobian)
+
+    @jax.jit
+    def update(state):
+        return tx.update(jacobian, state, params, **extra)
+
+    found, state = update(tx.init(params))
+    assert set(state.hyperparams) == set(method.hyperparameters)
+    expected, _ = plain.update(jacobian, plain.init(params), params, **extra)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@all_weightings
+def test_vmap_over_jacobians_equals_a_loop(method):
+    weighting = method.weighting()
+    jacobians = random_jacobians(4)
+    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
+    state = weighting.init(M, params)
+
+    def weigh(jacobian):
+        stat = method.stat_of(jacobian)
+        first, after = weighting.update(stat, state)
+        second, _ = weighting.update(stat, after)
+        return first, second
+
+    batched = jax.jit(jax.vmap(weigh))(jacobians)
+    single = jax.jit(weigh)
+    looped = [single(jax.tree.map(lambda x, i=i: x[i], jacobians)) for i in range(4)]
+    expected = jax.tree.map(lambda *rows: jnp.stack(rows), *looped)
+    chex.assert_trees_all_close(batched, expected, rtol=1e-4, atol=1e-5)
+    assert batched[0].shape == (4, M)
+
+
+@pytest.mark.parametrize(
+    "method", [method for method in NAMED if method.hyperparameters], ids=by_name
+)
+def test_vmap_over_hyperparameters_equals_a_loop(method):
+    factory = getattr(jaxjd.weightings, method.name)
+    jacobian = jax.tree.map(lambda x: x[0], random_jacobians(1))
+    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
+    name = next(iter(method.hyperparameters))
+    values = method.hyperparameters[name] * jnp.array([0.3, 0.6, 0.9])
+
+    def weigh(value):
+        weighting = factory(**{**method.required, **method.hyperparameters, name: value})
+        stat = method.stat_of(jacobian)
+        _, state = weighting.update(stat, weighting.init(M, params))
+        return weighting.update(stat, state)[0]
+
+    batched = jax.jit(jax.vmap(weigh))(values)
+    looped = jnp.stack([weigh(float(value)) for value in values])
+    chex.assert_trees_all_close(batched, looped, rtol=1e-4, atol=1e-5)
+
+
+@all_aggregators
+def test_state_keeps_its_sharding_type_under_an_explicit_mesh(method):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda leaf: jax.device_put(leaf, jax.P()), registry.example_params()
+        )
+        sharded = jax.device_put(jnp.zeros((2, 3)), jax.P("x", None))
+        params["first"]["kernel"] = sharded
+        aggregator = method.aggregator(M)
+        jacobian = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (M, *leaf.shape)) + 1.0, params
+        )
+        extra = method.extra_args(jacobian)
+
+        def update(jacobian, state, params):
+            return aggregator.update(jacobian, state, params, **extra)
+
+        state = jax.eval_shape(aggregator.init, params)
+        updates, after = jax.eval_shape(update, jacobian, state, params)
+        kinds = jax.tree.map(lambda x: (x.shape, str(x.dtype), str(x.sharding)), state)
+        assert jax.tree.map(lambda x: (x.shape, str(x.dtype), str(x.sharding)), after) == kinds
+        assert updates["first"]["kernel"].sharding.spec == jax.P("x", None)
+
+
+def test_same_key_gives_the_same_run_and_keys_may_be_typed():
+    for method in NAMED:
+        if not method.random:
+            continue
+        stat = method.stat_of(jax.tree.map(lambda x: x[0], random_jacobians(1)))
+        factory = getattr(jaxjd.weightings, method.name)
+        runs = []
+        for key in (7, jax.random.key(7), jax.random.PRNGKey(7), 8):
+            weighting = factory(key=key)
+            state = weighting.init(M)
+            run = []
+            for _ in range(4):
+                weights, state = weighting.update(stat, state)
+                run.append(weights)
+            runs.append(jnp.stack(run))
+        chex.assert_trees_all_equal(runs[0], runs[1])
+        chex.assert_trees_all_equal(runs[0], runs[2])
+        if method.name == "random":
+            assert not np.allclose(runs[0], runs[3])
+            assert not np.allclose(runs[0][0], runs[0][1])
