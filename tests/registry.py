@@ -89,7 +89,9 @@ NAMED = (
     _method("cagrad", kwargs={"c": 0.5}, hyperparameters={"c": 0.5}),
     _method("constant", kwargs={"weights": [0.2, 0.3, 0.5]}, equivariant=False),
     _method("dualproj", non_conflicting=True),
-    _method("excess_mtl", stat="jacobian", stateful=True, hyperparameters={"robust_step_size": 1.0}),
+    _method(
+        "excess_mtl", stat="jacobian", stateful=True, hyperparameters={"robust_step_size": 1.0}
+    ),
     _method("gradvac", random=True, stateful=True, hyperparameters={"beta": 0.5, "eps": 1e-8}),
     _method("imtl_g"),
     _method("mean"),
@@ -129,12 +131,8 @@ WRAPPED = (
         lambda: weightings.cr_mogm(weightings.excess_mtl(n_warmup_steps=2)),
         stat="jacobian",
     ),
-    _wrapped(
-        "cr_mogm(sdmgrad)", lambda: weightings.cr_mogm(weightings.sdmgrad()), stat="cross"
-    ),
-    _wrapped(
-        "flattening(upgrad)", lambda: weightings.flattening(weightings.upgrad())
-    ),
+    _wrapped("cr_mogm(sdmgrad)", lambda: weightings.cr_mogm(weightings.sdmgrad()), stat="cross"),
+    _wrapped("flattening(upgrad)", lambda: weightings.flattening(weightings.upgrad())),
     _wrapped(
         "flattening(gradvac)", lambda: weightings.flattening(weightings.gradvac()), random=True
     ),

@@ -124,9 +124,11 @@ def test_scan_equals_loop_bit_for_bit_from_a_saved_state(method):
 
     template = (params, make_chain(method).init(params))
     restored = jax.tree.map(
-        lambda like, value: jax.random.wrap_key_data(jnp.asarray(value))
-        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-        else jnp.asarray(value),
+        lambda like, value: (
+            jax.random.wrap_key_data(jnp.asarray(value))
+            if jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+            else jnp.asarray(value)
+        ),
         template,
         pickle.loads(saved),
     )
@@ -146,9 +148,7 @@ def test_jit_equals_eager(method):
     step = make_step(method, tx)
     state = tx.init(params)
     eager = step(params, state)
-    chex.assert_trees_all_close(
-        raw(jax.jit(step)(params, state)), raw(eager), rtol=1e-4, atol=1e-5
-    )
+    chex.assert_trees_all_close(raw(jax.jit(step)(params, state)), raw(eager), rtol=1e-4, atol=1e-5)
 
 
 @all_aggregators
@@ -196,9 +196,7 @@ def test_inject_hyperparams(method):
     factory = getattr(jaxjd, method.name)
     names = list(inspect.signature(factory).parameters)
     static = [name for name in names if name not in method.hyperparameters]
-    injected = optax.inject_hyperparams(
-        factory, static_args=static, hyperparam_dtype=jnp.float32
-    )
+    injected = optax.inject_hyperparams(factory, static_args=static, hyperparam_dtype=jnp.float32)
     tx = injected(**{**method.required, **method.hyperparameters, "num_tasks": M})
     plain = factory(**{**method.required, **method.hyperparameters, "num_tasks": M})
     params = registry.example_params()
@@ -261,15 +259,11 @@ def test_vmap_over_hyperparameters_equals_a_loop(method):
 def test_state_keeps_its_sharding_type_under_an_explicit_mesh(method):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        params = jax.tree.map(
-            lambda leaf: jax.device_put(leaf, jax.P()), registry.example_params()
-        )
+        params = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.P()), registry.example_params())
         sharded = jax.device_put(jnp.zeros((2, 3)), jax.P("x", None))
         params["first"]["kernel"] = sharded
         aggregator = method.aggregator(M)
-        jacobian = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (M, *leaf.shape)) + 1.0, params
-        )
+        jacobian = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (M, *leaf.shape)) + 1.0, params)
         extra = method.extra_args(jacobian)
 
         def update(jacobian, state, params):

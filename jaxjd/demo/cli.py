@@ -11,7 +11,7 @@ from typing import NoReturn
 from jaxjd.demo.data import DATASETS
 from jaxjd.demo.train import AGGREGATORS
 
-DEFAULT_AGGREGATORS = ("upgrad", "mgda", "pcgrad", "imtl_g", "aligned_mtl", "cagrad")
+DEFAULT_AGGREGATORS = ("upgrad", "mgda", "pcgrad", "cagrad", "aligned_mtl")
 
 _DESCRIPTION = """\
 Trains one network on several tasks at once, on real data that comes inside two small packages: once

@@ -31,6 +31,9 @@ def save_figure(path: Path, dataset: Dataset, results: list[Result]) -> None:
         axes = np.ravel(figure.subplots(*shape))
         for axis, title in zip(axes, titles, strict=True):
             _draw(axis, title, [panel[title] for panel in panels], results)
+        if dataset.num_tasks == 2:
+            axes[1].sharey(axes[0])
+            axes[0].autoscale()
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
         figure.suptitle(f"{dataset.description}: moving averages of the training steps")

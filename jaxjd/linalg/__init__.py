@@ -1,7 +1,6 @@
 """Linear algebra on the task axis, and exact solvers of the small problems behind the methods."""
 
 from jaxjd.linalg.algebra import combine as combine
-from jaxjd.linalg.algebra import count_tasks as count_tasks
 from jaxjd.linalg.algebra import cross_gramian as cross_gramian
 from jaxjd.linalg.algebra import gramian as gramian
 from jaxjd.linalg.algebra import materialize as materialize
@@ -15,7 +14,6 @@ from jaxjd.linalg.simplex import project_onto_simplex as project_onto_simplex
 __all__ = [
     "DualConeProjector",
     "combine",
-    "count_tasks",
     "cross_gramian",
     "exact_projector",
     "gramian",

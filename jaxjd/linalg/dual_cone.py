@@ -74,6 +74,9 @@ def project_onto_dual_cone(U: jax.Array, G: jax.Array) -> jax.Array:  # noqa: N8
 def exact_projector() -> DualConeProjector:
     """Returns the exact projector, `project_onto_dual_cone`; the default everywhere.
 
+    Returns:
+      A `DualConeProjector`.
+
     Example:
       >>> import jax.numpy as jnp, jaxjd
       >>> weighting = jaxjd.weightings.dualproj(projector=jaxjd.linalg.exact_projector())

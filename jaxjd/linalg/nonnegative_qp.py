@@ -196,20 +196,16 @@ def _polish(cosines: jax.Array, linear: jax.Array, x: jax.Array, support: jax.Ar
     solve = _support_solver(cosines, support, refinements=3)
     scale = jnp.linalg.norm(x, axis=1, keepdims=True)
     margin = 4 * jnp.finfo(x.dtype).eps * scale
-
-    def better(candidate: jax.Array, x: jax.Array, max_change: float) -> jax.Array:
-        change = jnp.linalg.norm(candidate - x, axis=1, keepdims=True)
-        gradient = matmul(candidate, cosines) + linear
-        gradient_x = matmul(x, cosines) + linear
-        valid = jnp.all(candidate >= 0, axis=1, keepdims=True)
-        valid &= change <= max_change * scale
-        worst = jnp.max(-gradient, axis=1, keepdims=True)
-        worst_x = jnp.max(-gradient_x, axis=1, keepdims=True)
-        return jnp.where(valid & (worst <= jnp.maximum(worst_x, margin)), candidate, x)
-
-    x = better(solve(-linear), x, 0.1)
-    inward = support | (matmul(x, cosines) + linear < margin)
-    nudged = _support_solver(cosines, inward, refinements=3)(margin - linear)
-    x = better(nudged, x, 1e-2)
+    solution = solve(-linear)
+    candidates = jnp.stack([x, solution, solution + solve(jnp.broadcast_to(margin, x.shape))])
+    changes = jnp.linalg.norm(candidates - x, axis=2, keepdims=True)
+    gradients = matmul(candidates, cosines) + linear
+    worst = jnp.max(-gradients, axis=2, keepdims=True)
+    valid = jnp.all(candidates >= 0, axis=2, keepdims=True)
+    # A step that is large or leaves a worse conflict is not rounding.
+    improved = valid & (worst <= jnp.maximum(worst[:1], margin)) & (changes <= 0.1 * scale)
+    nudge = jnp.linalg.norm(candidates[2] - candidates[1], axis=1, keepdims=True)
+    x = jnp.where(improved[1], candidates[1], x)
+    x = jnp.where(improved[2] & (nudge <= 1e-2 * scale), candidates[2], x)
     # NaN never compares, so it has to be put back.
     return jnp.where(jnp.isfinite(linear).all(axis=1, keepdims=True), x, jnp.nan)
