@@ -148,10 +148,10 @@ def test_patches_make_a_convolution():
 
 def test_models(dataset):
     model = models.make_model(dataset)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     batch = (dataset.test_inputs[:4], dataset.test_targets[:4])
-    assert model.losses(params, *batch).shape == (dataset.num_tasks,)
-    assert model.correct(params, *batch).shape == (4, dataset.num_tasks)
+    assert jax.jit(model.losses)(params, *batch).shape == (dataset.num_tasks,)
+    assert jax.jit(model.correct)(params, *batch).shape == (4, dataset.num_tasks)
     shared, all_layers = models.trunk(params), set(params)
     assert 0 < len(shared) < len(all_layers)
 
@@ -232,20 +232,35 @@ def make_result(name, correct, losses=((1.0, 2.0), (0.5, 1.0))):
     return results.Result(name, run, np.array([1.0, 2.0, 3.0]), 0.5)
 
 
-def test_the_summary_praises_nothing_that_did_not_win():
+@pytest.fixture
+def hard_dataset():
+    """Four test examples of two tasks, of which the majority answers a half right."""
+    inputs, sources = np.zeros((4, 1), np.float32), np.arange(4)[:, None]
+    train_targets, test_targets = np.zeros((4, 2), np.int32), np.array([[0, 1]] * 4, np.int32)
+    return data.Dataset(
+        "hard", "Hard", ("a", "b"), inputs, train_targets, sources, inputs, test_targets, sources
+    )
+
+
+def test_the_summary_praises_nothing_that_did_not_win(hard_dataset):
     plain = make_result(train.BASELINE, [[True, True], [True, True], [True, False]])
     upgrad = make_result("upgrad", [[True, True], [True, True], [False, False]])
-    accuracy, direction, *_ = results.summarize([plain, upgrad])
+    accuracy, direction, update, cost = results.summarize(hard_dataset, [plain, upgrad])
     assert "0 of 1 aggregators ended above the plain mean (83.3 %)" in accuracy
     assert "upgrad, reached 66.7 %, -16.7 points" in accuracy
     assert "one seed" in accuracy
     assert direction == "No method's direction raised any loss to first order, in any step."
+    assert "in 0.0 % of the steps" in update
+    assert cost == "A step took 1.00 (upgrad) times that of the plain mean."
 
 
-def test_the_summary_tells_of_divergence():
+def test_the_summary_tells_of_failures(hard_dataset):
     plain = make_result(train.BASELINE, [[True, True]])
     bad = make_result("pcgrad", [[False, False]], losses=((1.0, 1.0), (math.nan, math.inf)))
-    assert results.summarize([plain, bad])[-1].endswith("not finite: pcgrad.")
+    *_, below, diverged = results.summarize(hard_dataset, [plain, bad])
+    assert "commonest class (50.0 %)" in below
+    assert below.endswith("say nothing: pcgrad.")
+    assert diverged.endswith("not finite: pcgrad.")
 
 
 def test_curves_are_moving_averages():

@@ -64,7 +64,7 @@ def print_report(console: Console, dataset: Dataset, results: list[Result]) -> N
     console.print()
     console.print(_LEGEND, style="dim", highlight=False)
     console.print()
-    for sentence in summarize(results):
+    for sentence in summarize(dataset, results):
         console.print(sentence, highlight=False, markup=False)
 
 
@@ -134,7 +134,7 @@ def as_json(
             },
             "definitions": DEFINITIONS,
             "methods": [_method_as_json(result, results[0]) for result in results],
-            "summary": summarize(results),
+            "summary": summarize(dataset, results),
             "seconds": seconds,
         }
     )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxjd.demo.data import Dataset
 from jaxjd.demo.train import Run
 
 _NUM_CURVE_POINTS = 100
@@ -102,7 +103,7 @@ def curves(result: Result) -> Curves:
     )
 
 
-def summarize(results: list[Result]) -> list[str]:
+def summarize(dataset: Dataset, results: list[Result]) -> list[str]:
     """What was found, in sentences made from the numbers; the baseline is the first result."""
     sentences = [
         _accuracy_sentence(results),
@@ -110,6 +111,13 @@ def summarize(results: list[Result]) -> list[str]:
         _update_sentence(results),
         _cost_sentence(results),
     ]
+    majority = float(dataset.majority_rates().mean())
+    below = [result.name for result in results if result.mean_accuracy <= majority]
+    if below:
+        sentences.append(
+            f"No better than always answering the commonest class ({percent(majority)} %), so with "
+            f"accuracies that say nothing: {_enumerate(below)}."
+        )
     diverged = [result.name for result in results if result.diverged]
     if diverged:
         sentences.append(f"Ended with a loss that is not finite: {_enumerate(diverged)}.")
@@ -174,6 +182,8 @@ def _cost_sentence(results: list[Result]) -> str:
 def _extremes(values: dict[str, float], form: str) -> str:
     """The smallest and the largest value, with their names."""
     low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    if len(values) == 1:
+        return f"{values[low]:{form}} ({low})"
     if values[low] == values[high]:
         return f"{values[low]:{form}}"
     return f"{values[low]:{form}} ({low}) to {values[high]:{form}} ({high})"

@@ -198,12 +198,14 @@ def _polish(cosines: jax.Array, linear: jax.Array, x: jax.Array, support: jax.Ar
     margin = 4 * jnp.finfo(x.dtype).eps * scale
     solution = solve(-linear)
     candidates = jnp.stack([x, solution, solution + solve(jnp.broadcast_to(margin, x.shape))])
-    changes = jnp.linalg.norm(candidates - x, axis=2, keepdims=True)
-    gradients = matmul(candidates, cosines) + linear
+    changes = jnp.linalg.norm(candidates - x[None], axis=2, keepdims=True)
+    gradients = matmul(candidates, cosines) + linear[None]
     worst = jnp.max(-gradients, axis=2, keepdims=True)
     valid = jnp.all(candidates >= 0, axis=2, keepdims=True)
     # A step that is large or leaves a worse conflict is not rounding.
-    improved = valid & (worst <= jnp.maximum(worst[:1], margin)) & (changes <= 0.1 * scale)
+    improved = (
+        valid & (worst <= jnp.maximum(worst[:1], margin[None])) & (changes <= 0.1 * scale[None])
+    )
     nudge = jnp.linalg.norm(candidates[2] - candidates[1], axis=1, keepdims=True)
     x = jnp.where(improved[1], candidates[1], x)
     x = jnp.where(improved[2] & (nudge <= 1e-2 * scale), candidates[2], x)
