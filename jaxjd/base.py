@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.checks import check_static_int
+from jaxjd.checks import check_static_int, type_name
 
 # optax's experimental protocol for transformations of stacked gradients, where optax has it.
 _AggregatorBase: Any = getattr(
@@ -171,11 +171,11 @@ def fresh_key(key: jax.Array | int) -> jax.Array:
     """
     if not isinstance(key, jax.Array):
         return jax.random.key(check_static_int("key", key, at_least=0))
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         data = jnp.copy(jax.random.key_data(key))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
         return jax.random.key(key)
-    if key.dtype == jnp.uint32:
+    if key.dtype == jnp.uint32 and key.shape == jax.random.key_data(jax.random.key(0)).shape:
         return jax.random.wrap_key_data(jnp.copy(key))
-    raise ValueError(f"`key` must be an int or a jax.random.key, got {key.dtype}{list(key.shape)}.")
+    raise ValueError(f"`key` must be an int or a jax.random.key, got {type_name(key)}.")

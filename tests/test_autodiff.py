@@ -313,9 +313,7 @@ def check_mtl(form, losses, jacobian, gradients):
     assert jax.tree.structure(losses) == jax.tree.structure(expected)
     chex.assert_trees_all_close(losses, expected, rtol=1e-5)
     chex.assert_trees_all_close(jacobian, reference, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(
-        gradients, in_form(form, list(own.values())), rtol=1e-4, atol=1e-6
-    )
+    chex.assert_trees_all_close(gradients, in_form(form, list(own.values())), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -336,9 +334,7 @@ def test_mtl_has_aux(form):
     heads = heads_of(form, with_aux=True)
     engine = jax.jit(jaxjd.mtl_value_and_jacobian(trunk_with_aux, heads, has_aux=True))
     heads_params = in_form(form, list(HEAD_PARAMS.values()))
-    (losses, (trunk_aux, heads_aux)), (jacobian, gradients) = engine(
-        TRUNK, heads_params, X, TARGET
-    )
+    (losses, (trunk_aux, heads_aux)), (jacobian, gradients) = engine(TRUNK, heads_params, X, TARGET)
     check_mtl(form, losses, jacobian, gradients)
     expected = jnp.mean(trunk_fn(TRUNK, X, TARGET)["hidden"])
     np.testing.assert_allclose(trunk_aux["mean"], expected, rtol=1e-5)

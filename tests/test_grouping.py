@@ -18,15 +18,15 @@ import jaxjd
 from jaxjd import labels, weightings
 
 
-def shared(weighting):
-    """The same weighting with a jitted update, so that its compilation is shared by the tests."""
+def compiled_once(weighting):
+    """The same weighting with a jitted update: the tests have one compilation in common."""
     return type(weighting)(weighting.init, jax.jit(weighting.update))
 
 
-UPGRAD = shared(weightings.upgrad())
-GRADVAC = shared(weightings.gradvac())
-MODO = shared(weightings.modo())
-EXCESS_MTL = shared(weightings.excess_mtl())
+UPGRAD = compiled_once(weightings.upgrad())
+GRADVAC = compiled_once(weightings.gradvac())
+MODO = compiled_once(weightings.modo())
+EXCESS_MTL = compiled_once(weightings.excess_mtl())
 
 
 # Labels on the parameters of every library: path of the parameter -> its three labels.
@@ -182,7 +182,7 @@ def test_labels_of_a_bare_array():
     assert labels.by_rules([("", "everything")])(jnp.zeros(3)) == "everything"
 
 
-# Jacobians of random numbers: no compilation for them.
+# Jacobians of random numbers, from NumPy: nothing is compiled for them.
 
 M = 3
 PARAMS = {
@@ -192,10 +192,10 @@ PARAMS = {
 
 
 def random_jacobian(params, seed=0, m=M):
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    rows = [jax.random.normal(k, (m, *x.shape)) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, rows)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=(m, *leaf.shape)), jnp.float32), params
+    )
 
 
 JACOBIANS = [random_jacobian(PARAMS, seed) for seed in range(3)]
@@ -288,7 +288,10 @@ def test_plain_dicts_label_other_mappings(kind):
     names = {"encoder": "trunk", "decoder": {"kernel": "head", "bias": "head"}}
     if kind == "FrozenDict":
         params = flax.core.freeze(
-            {"encoder": {"w": jnp.zeros(2)}, "decoder": {"kernel": jnp.zeros(3), "bias": jnp.zeros(1)}}
+            {
+                "encoder": {"w": jnp.zeros(2)},
+                "decoder": {"kernel": jnp.zeros(3), "bias": jnp.zeros(1)},
+            }
         )
     else:
         params = nnx.state(NnxModel(), nnx.Param)
@@ -377,7 +380,7 @@ def test_partition_with_one_aggregator_per_group():
 def test_partition_under_jit_and_scan():
     aggregator = jaxjd.partition(
         {
-            "trunk": jaxjd.weighted(weightings.cr_mogm(weightings.mgda()), num_tasks=M),
+            "trunk": jaxjd.weighted(weightings.cr_mogm(GRADVAC), num_tasks=M),
             "head": jaxjd.random(key=3),
         },
         {"encoder": "trunk", "decoder": "head"},
@@ -439,9 +442,7 @@ def test_partition_passes_other_extra_arguments_on():
     for name, places in (("trunk", [1, 2, 3]), ("head", [0])):
         assert seen[name]["losses"] is losses
         assert seen[name]["value"] == 1.0
-        chex.assert_trees_all_equal(
-            jax.tree.leaves(seen[name]["noise"]), rows_of(noise, places)
-        )
+        chex.assert_trees_all_equal(jax.tree.leaves(seen[name]["noise"]), rows_of(noise, places))
 
 
 def test_partition_lets_heads_with_plain_gradients_through():
@@ -500,9 +501,8 @@ def test_grouped_keeps_a_state_per_group():
     assert state.weighting.count.shape == (3,)
     assert state.weighting.weights.shape == (3, M)
     states = {group: smoothed.init(M) for group in BY_LAYER}
-    update = jax.jit(aggregator.update)
     for jacobian in JACOBIANS:
-        updates, state = update(jacobian, state, PARAMS)
+        updates, state = aggregator.update(jacobian, state, PARAMS)
         expected = by_hand(jacobian, BY_LAYER, weigh_with(smoothed, states))
         chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-5)
     for number, group in enumerate(sorted(BY_LAYER)):

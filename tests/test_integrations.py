@@ -51,10 +51,9 @@ AGGREGATORS = {
     "gradvac": lambda: jaxjd.gradvac(num_tasks=2),
     "grouped": lambda: jaxjd.grouped(weightings.mgda(), labels.by_layer, num_tasks=2),
 }
-aggregators = pytest.mark.parametrize("name", AGGREGATORS)
 
 
-@aggregators
+@pytest.mark.parametrize("name", ["upgrad", "gradvac"])
 def test_train_state_applies_a_jacobian_as_gradients(name):
     model = Linen()
     params = model.init(jax.random.key(2), X)
@@ -140,7 +139,7 @@ def test_nnx_optimizer_passes_the_cross_jacobians_on():
 # equinox and haiku
 
 
-@aggregators
+@pytest.mark.parametrize("name", ["upgrad", "gradvac"])
 def test_equinox_training_loop(name):
     model = eqx.nn.MLP(3, 2, 4, depth=1, key=jax.random.key(0))
     tx = optax.chain(AGGREGATORS[name](), optax.adam(1e-2))
@@ -286,9 +285,7 @@ def test_inject_hyperparams_lets_a_constant_be_set():
     _, state = tx.update(JACOBIAN, state, PARAMS, cross_jacobians=pair)
     A = np.asarray(jaxjd.gramian(JACOBIAN))
     step = 0.5 - 0.01 * (A @ [0.5, 0.5])
-    np.testing.assert_allclose(
-        state.inner_state.weights, step + (1 - np.sum(step)) / 2, rtol=1e-5
-    )
+    np.testing.assert_allclose(state.inner_state.weights, step + (1 - np.sum(step)) / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["NumPy scalar", "array"])

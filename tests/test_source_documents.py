@@ -25,13 +25,13 @@ ALIGNED = jnp.array([[4.0, 1.0], [1.0, 1.0]])
 WANTED = [UPGRAD_WEIGHTS, np.full(2, 0.5), np.full(2, 0.5)]
 
 
-def shared(weighting):
-    """The same weighting with a jitted update, so that its compilation is shared by the tests."""
+def compiled_once(weighting):
+    """The same weighting with a jitted update: the tests have one compilation in common."""
     return type(weighting)(weighting.init, jax.jit(weighting.update))
 
 
-UPGRAD = shared(weightings.upgrad())
-GRADVAC = shared(weightings.gradvac())
+UPGRAD = compiled_once(weightings.upgrad())
+GRADVAC = compiled_once(weightings.gradvac())
 
 
 def run(weighting, stats, state=None):
@@ -271,6 +271,20 @@ def test_sdmgrad_uses_three_independent_batches_a_step():
         for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(gradient), strict=True):
             np.testing.assert_allclose(update, -1e-3 * leaf, rtol=1e-4, atol=1e-8)
         params = optax.apply_updates(params, updates)
+
+
+def test_sdmgrad_starts_from_the_weights_of_the_call_before():
+    """With short inner steps, whose result is not a corner of the simplex."""
+    weighting = weightings.sdmgrad(lr=0.05, n_iter=7)
+    first, second = (example_jacobian(MLP, INPUTS[k], TARGETS[k])[1] for k in range(2))
+    A = jaxjd.cross_gramian(first, second)
+    state, w = weighting.init(16, MLP), np.full(16, 1 / 16)
+    for _ in range(2):
+        weights, state = jax.jit(weighting.update)(A, state)
+        expected, w = sdmgrad_by_hand(np.asarray(A, np.float64), w, lr=0.05, n_iter=7)
+        assert np.sum(w > 0) > 2
+        np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.weights, w, rtol=1e-4, atol=1e-6)
 
 
 def test_sdmgrad_restarts_from_uniform_weights():
@@ -530,7 +544,8 @@ def test_gradvac_per_group(strategy):
         jaxjd.partition(aggregators | {"heads": optax.identity()}, with_heads(label_trunk)),
         optax.sgd(LEARNING_RATE),
     )
-    update = jax.jit(tx.update)
+    # Under jit where that is one small program.
+    update = jax.jit(tx.update) if strategy == "together" else tx.update
     state = tx.init(params)
 
     expected = params
@@ -601,12 +616,11 @@ def test_grouped_equals_one_aggregator_per_label(method, strategy):
     batched = jaxjd.partition(
         together | heads, lambda params: {k: "heads" if k == "heads" else "trunk" for k in params}
     )
-    update_partitioned, update_batched = jax.jit(partitioned.update), jax.jit(batched.update)
     state_partitioned, state_batched = partitioned.init(params), batched.init(params)
     for x, y in itertools.islice(batches(), 3):
         _, gradients = multi_task_gradients(params, x, y)
-        expected, state_partitioned = update_partitioned(gradients, state_partitioned, params)
-        found, state_batched = update_batched(gradients, state_batched, params)
+        expected, state_partitioned = partitioned.update(gradients, state_partitioned, params)
+        found, state_batched = batched.update(gradients, state_batched, params)
         for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-7)
     grouped_state = state_batched.inner_states["trunk"]

@@ -16,23 +16,9 @@ from jaxjd.weightings._gradvac import vaccinate
 from jaxjd.weightings._pcgrad import project_conflicts, random_orders
 from tests.matrices import G_BASE, J_BASE
 
-DTYPES = [np.float32, np.float64]
-
-
-def x64(dtype) -> jax.enable_x64:
-    """A context in which arrays of this dtype exist."""
-    return jax.enable_x64(dtype == np.float64)
-
 
 def array(values, dtype=np.float32) -> jax.Array:
     return jnp.asarray(np.asarray(values, dtype))
-
-
-def statistic(weighting: jaxjd.Weighting, jacobian: jax.Array) -> jax.Array:
-    """What a weighting reads, with one batch for both where it wants two."""
-    if isinstance(weighting, jaxjd.JacobianWeighting):
-        return jacobian
-    return jaxjd.gramian(jacobian)
 
 
 def cagrad_on_base(c: float) -> list[float]:
@@ -56,89 +42,115 @@ def aligned_on_base(mode: str) -> np.ndarray:
 
 IMTL_G = np.array([18**-0.5, 38**-0.5]) / (18**-0.5 + 38**-0.5)
 
-# name: (weighting, weights of the first call on J_BASE, agreement in float64)
-FIRST_CALL = {
-    "mean": (W.mean(), [0.5, 0.5], 1e-14),
-    "sum": (W.sum(), [1, 1], 1e-14),
-    "constant": (W.constant([1.0, 2.0]), [1, 2], 1e-14),
-    "upgrad": (W.upgrad(), [10 / 9, 15 / 19], 1e-14),
-    "upgrad_pref": (W.upgrad([1.0, 0.0]), [1, 11 / 19], 1e-14),
-    "upgrad_regularized": (W.upgrad(None, regularized_projector()), [1.11092105, 0.78943103], 5e-9),
-    "upgrad_unregularized": (
-        W.upgrad(None, regularized_projector(norm_eps=0, reg_eps=0)),
-        [10 / 9, 15 / 19],
-        1e-14,
-    ),
-    "dualproj": (W.dualproj(), [11 / 18, 1 / 2], 1e-14),
-    "dualproj_pref": (W.dualproj([0.25, 0.75]), [11 / 12, 0.75], 1e-14),
-    "dualproj_regularized": (W.dualproj(None, regularized_projector()), [0.61092105, 0.5], 5e-9),
-    "mgda": (W.mgda(), [3 / 5, 2 / 5], 1e-14),
-    "pcgrad": (W.pcgrad(), [20 / 9, 30 / 19], 1e-14),
-    "gradvac": (W.gradvac(), [20 / 9, 30 / 19], 1e-14),
-    "gradvac_eps": (W.gradvac(eps=0.0), [20 / 9, 30 / 19], 1e-14),
-    "imtl_g": (W.imtl_g(), IMTL_G, 1e-14),
-    "imtl_g_digits": (W.imtl_g(), [0.59233032, 0.40766968], 5e-9),
-    "aligned_mtl": (W.aligned_mtl(), aligned_on_base("min"), 1e-14),
-    "aligned_mtl_digits": (W.aligned_mtl(), [0.55907192, 0.40826107], 5e-9),
-    "aligned_mtl_median": (
-        W.aligned_mtl(scale_mode="median"),
-        aligned_on_base("median"),
-        1e-14,
-    ),
-    "aligned_mtl_rmse": (W.aligned_mtl(scale_mode="rmse"), aligned_on_base("rmse"), 1e-14),
-    "aligned_mtl_rmse_digits": (
-        W.aligned_mtl(scale_mode="rmse"),
-        [1.51086564, 1.10330640],
-        5e-9,
-    ),
-    "cagrad_0": (W.cagrad(0.0), [0.5, 0.5], 1e-14),
-    "cagrad_0.5": (W.cagrad(0.5), cagrad_on_base(0.5), 1e-13),
-    "cagrad_1": (W.cagrad(1.0), [1.2, 0.8], 1e-13),
-    "cagrad_2": (W.cagrad(2.0), cagrad_on_base(2), 1e-13),
-    "cagrad_2_digits": (W.cagrad(2.0), [2.00712345, 1.33807466], 1e-5),
-    "excess_mtl": (W.excess_mtl(), [0.5, 0.5], 1e-14),
-    "modo": (W.modo(), [1, 0], 1e-14),
-    "sdmgrad": (W.sdmgrad(), [3 / 26, 23 / 26], 1e-14),
-    "cr_mogm": (W.cr_mogm(W.mgda()), [3 / 5, 2 / 5], 1e-14),
+# Hyper-parameters are arguments of the compiled step, so that it is compiled once per method.
+FACTORIES = {
+    "mean": W.mean,
+    "sum": W.sum,
+    "constant": W.constant,
+    "upgrad": W.upgrad,
+    "upgrad_regularized": lambda **eps: W.upgrad(projector=regularized_projector(**eps)),
+    "dualproj": W.dualproj,
+    "dualproj_regularized": lambda **eps: W.dualproj(projector=regularized_projector(**eps)),
+    "mgda": W.mgda,
+    "pcgrad": W.pcgrad,
+    "gradvac": W.gradvac,
+    "imtl_g": W.imtl_g,
+    "aligned_mtl": W.aligned_mtl,
+    "aligned_mtl_median": lambda: W.aligned_mtl(scale_mode="median"),
+    "aligned_mtl_rmse": lambda: W.aligned_mtl(scale_mode="rmse"),
+    "cagrad": W.cagrad,
+    "excess_mtl": W.excess_mtl,
+    "modo": W.modo,
+    "sdmgrad": W.sdmgrad,
+    "cr_mogm": lambda: W.cr_mogm(W.imtl_g()),
 }
 
+EXACT, DIGITS = (1e-14, 1e-6), (5e-9, 1e-6)
+REGULARIZED, UNREGULARIZED = {"norm_eps": 1e-4, "reg_eps": 1e-4}, {"norm_eps": 0.0, "reg_eps": 0.0}
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("name", FIRST_CALL)
-def test_first_call_on_base(name, dtype):
-    weighting, expected, tolerance = FIRST_CALL[name]
-    aggregator = jaxjd.weighted(weighting, num_tasks=2)
+# (method, hyper-parameters, weights of the first call on J_BASE, agreement in float64 and float32)
+FIRST_CALL = [
+    ("mean", {}, [0.5, 0.5], (0, 0)),
+    ("sum", {}, [1, 1], (0, 0)),
+    ("constant", {"weights": [1.0, 2.0]}, [1, 2], (0, 0)),
+    ("upgrad", {}, [10 / 9, 15 / 19], EXACT),
+    ("upgrad", {"pref_vector": [1.0, 1.0]}, [20 / 9, 30 / 19], EXACT),
+    ("upgrad", {"pref_vector": [1.0, 0.0]}, [1, 11 / 19], EXACT),
+    ("upgrad_regularized", {}, [1.11092105, 0.78943103], DIGITS),
+    ("upgrad_regularized", REGULARIZED, [1.11092105, 0.78943103], DIGITS),
+    ("upgrad_regularized", UNREGULARIZED, [10 / 9, 15 / 19], EXACT),
+    ("dualproj", {}, [11 / 18, 1 / 2], EXACT),
+    ("dualproj", {"pref_vector": [0.25, 0.75]}, [11 / 12, 0.75], EXACT),
+    ("dualproj_regularized", REGULARIZED, [0.61092105, 0.5], DIGITS),
+    ("dualproj_regularized", UNREGULARIZED, [11 / 18, 1 / 2], EXACT),
+    ("mgda", {}, [3 / 5, 2 / 5], EXACT),
+    ("pcgrad", {}, [20 / 9, 30 / 19], EXACT),
+    ("gradvac", {"eps": 1e-8}, [20 / 9, 30 / 19], (3e-8, 1e-6)),
+    ("gradvac", {"eps": 0.0}, [20 / 9, 30 / 19], EXACT),
+    ("imtl_g", {}, IMTL_G, EXACT),
+    ("aligned_mtl", {}, aligned_on_base("min"), EXACT),
+    ("aligned_mtl_median", {}, aligned_on_base("median"), EXACT),
+    ("aligned_mtl_rmse", {}, aligned_on_base("rmse"), EXACT),
+    ("cagrad", {"c": 0.0}, [0.5, 0.5], (0, 0)),
+    ("cagrad", {"c": 0.5}, cagrad_on_base(0.5), (1e-13, 5e-6)),
+    ("cagrad", {"c": 1.0}, cagrad_on_base(1), (1e-13, 5e-6)),
+    ("cagrad", {"c": 2.0}, cagrad_on_base(2), (1e-13, 1e-5)),
+    ("excess_mtl", {}, [0.5, 0.5], (1e-15, 1e-7)),
+    ("modo", {}, [1, 0], (1e-15, 1e-7)),
+    ("sdmgrad", {}, [3 / 26, 23 / 26], (1e-15, 1e-7)),
+    ("cr_mogm", {}, IMTL_G, EXACT),
+]
 
+
+@functools.cache
+def first_call(name: str):
     @jax.jit
-    def run(jacobian):
-        params = jnp.zeros_like(jacobian[0])
-        extra = {}
-        if isinstance(weighting, jaxjd.CrossGramianWeighting):
-            extra["cross_jacobians"] = (jacobian, jacobian)
-        weights, _ = weighting.update(
-            statistic(weighting, jacobian), weighting.init(2, params), **extra
-        )
-        update, state = aggregator.update(jacobian, aggregator.init(params), params, **extra)
-        return weights, update, state.weights
+    def run(jacobian, hyperparameters):
+        weighting = FACTORIES[name](**hyperparameters)
+        aggregator = jaxjd.weighted(weighting, num_tasks=2)
+        cross = isinstance(weighting, jaxjd.CrossGramianWeighting)
+        extra_args = {"cross_jacobians": (jacobian, jacobian)} if cross else {}
+        state = aggregator.init(jacobian[0])
+        update, state = aggregator.update(jacobian, state, **extra_args)
+        return update, state.weights
 
-    with x64(dtype):
-        weights, update, logged = run(array(J_BASE, dtype))
-    assert weights.dtype == update.dtype == logged.dtype == dtype
-    if dtype == np.float32:
-        tolerance = max(tolerance, 1e-6)
-    np.testing.assert_allclose(weights, expected, rtol=0, atol=tolerance)
-    np.testing.assert_array_equal(logged, weights)
-    np.testing.assert_allclose(update, expected @ J_BASE, rtol=0, atol=10 * tolerance)
+    return run
+
+
+def test_closed_forms_have_the_known_digits():
+    for closed_form, digits, tolerance in [
+        (IMTL_G, [0.59233032, 0.40766968], 5e-9),
+        (aligned_on_base("min"), [0.55907192, 0.40826107], 5e-9),
+        (aligned_on_base("rmse"), [1.51086564, 1.10330640], 5e-9),
+        # Digits of an iterative solver.
+        (cagrad_on_base(0.5), [0.70412415, 0.5], 5e-9),
+        (cagrad_on_base(1), [1.19997864, 0.79996796], 5e-5),
+        (cagrad_on_base(2), [2.00712345, 1.33807466], 1e-5),
+    ]:
+        np.testing.assert_allclose(closed_form, digits, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", FACTORIES)
+def test_first_call_on_base(name, dtype):
+    cases = [case for case in FIRST_CALL if case[0] == name]
+    assert cases
+    with jax.enable_x64(dtype == np.float64):
+        for _, hyperparameters, expected, tolerances in cases:
+            tolerance = tolerances[dtype == np.float32]
+            arguments = {key: array(value, dtype) for key, value in hyperparameters.items()}
+            update, weights = first_call(name)(array(J_BASE, dtype), arguments)
+            assert update.dtype == weights.dtype == dtype
+            np.testing.assert_allclose(weights, expected, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(update, expected @ J_BASE, rtol=0, atol=10 * tolerance)
 
 
 def test_regularized_projector_counts_a_small_gramian_as_zero():
-    update = jax.jit(W.upgrad(None, regularized_projector()).update)
+    weights = lambda scale: first_call("upgrad_regularized")(array(J_BASE * scale), {})[1]
     # The trace is below norm_eps: no row can be told from zero, and the preferences are returned.
-    np.testing.assert_array_equal(update(array(G_BASE * 1e-6), ())[0], array([0.5, 0.5]))
+    np.testing.assert_array_equal(weights(1e-3), array([0.5, 0.5]))
     # Above it only the ratios matter.
-    np.testing.assert_allclose(
-        update(array(G_BASE * 1e-5), ())[0], [1.11092105, 0.78943103], rtol=1e-6
-    )
+    np.testing.assert_allclose(weights(3e-3), [1.11092105, 0.78943103], rtol=1e-6)
 
 
 # --- PCGrad and GradVac ------------------------------------------------------------------------
@@ -229,7 +241,7 @@ def test_gradvac_of_two_rows_over_several_calls():
     with jax.enable_x64(True):
         state = weighting.init(2, jnp.zeros(3))
         for _ in range(8):
-            J = rng.standard_normal((2, 3)) + [[2, 0, 0], [1, 1, 0]]
+            J = rng.standard_normal((2, 3)) + np.array([[2, 0, 0], [1, 1, 0]])
             weights, state = step(jnp.asarray(J @ J.T), state)
             expected, target = gradvac_reference(J, target, np.array([[0, 1], [0, 1]]), 0.5, 1e-8)
             np.testing.assert_allclose(weights @ J, expected, rtol=1e-11)
@@ -392,11 +404,12 @@ def test_excess_mtl_over_several_calls(n_warmup_steps):
 
 
 def test_excess_mtl_never_ends_on_one_task():
-    # Ten calls with a risk ratio of 1e4 between the tasks: the weights have moved, but can return.
+    # Ten calls with a risk ratio of 1e4 between the tasks, then ten the other way round: the
+    # weights of the first calls are 1 and 0 to rounding, but they can return.
     weighting = W.excess_mtl()
     update = jax.jit(weighting.update)
     state = weighting.init(2, jnp.zeros(2))
-    for J in [np.eye(2)] + 10 * [np.diag([100.0, 0.01])] + 300 * [np.diag([1e-3, 10.0])]:
+    for J in [np.eye(2), *10 * [np.diag([100.0, 0.01])], *10 * [np.diag([0.1, 1e3])]]:
         weights, state = update(array(J), state)
         assert np.isfinite(np.asarray(state.log_weights)).all()
     assert weights[1] > 0.9
@@ -438,7 +451,7 @@ def test_cr_mogm_recurrence(alpha, initial_weights):
                 coefficient(count) * np.asarray(smoothed) + (1 - coefficient(count)) * wrapped
             )
             weights, state = update(array(np.diag(diagonal)), state)
-            np.testing.assert_allclose(weights, smoothed, rtol=1e-6)
+            np.testing.assert_allclose(weights, smoothed, rtol=1e-6, atol=1e-6)
             np.testing.assert_array_equal(state.weights, weights)
         assert state.count == state.inner == 6
         if alpha == 0:
@@ -469,12 +482,12 @@ def test_cr_mogm_keeps_the_kind_of_the_weighting():
     # Around weightings of a Jacobian and of a cross-Gramian, through the aggregator.
     J = array(J_BASE)
     aggregator = jaxjd.weighted(W.cr_mogm(W.excess_mtl(), 0.5), num_tasks=2)
-    update, _ = aggregator.update(J, aggregator.init(J[0]))
+    update, _ = jax.jit(aggregator.update)(J, aggregator.init(J[0]))
     np.testing.assert_allclose(update, [1, 1, 1], rtol=1e-6)
     aggregator = jaxjd.weighted(W.cr_mogm(W.modo(), 0.5), num_tasks=2)
-    state = aggregator.init(J[0])
+    state, step = aggregator.init(J[0]), jax.jit(aggregator.update)
     for expected in ([1, 0], [0.5, 0.5], [0.75, 0.25]):
-        _, state = aggregator.update(J, state, cross_jacobians=(J, J))
+        _, state = step(J, state, cross_jacobians=(J, J))
         np.testing.assert_allclose(state.weights, expected, atol=1e-6)
 
 
@@ -511,11 +524,6 @@ def test_random_is_the_softmax_of_standard_normal_noise():
 # --- Flattening --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def upgrad_of_six():
-    return jax.jit(W.upgrad().update)
-
-
 def test_flattening_of_ones():
     weighting = W.flattening(W.upgrad())
     weights, state = jax.jit(weighting.update)(jnp.ones((2, 3, 3, 2)), weighting.init((2, 3)))
@@ -523,22 +531,25 @@ def test_flattening_of_ones():
     np.testing.assert_allclose(weights, np.full((2, 3), 1 / 6), rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 2), (2, 1, 3)])
-def test_flattening_is_the_weighting_of_the_flat_gramian(shape, upgrad_of_six):
-    J = np.random.default_rng(8).standard_normal((6, 4)).astype(np.float32)
-    tensor = J.reshape(*shape, 4)
-    k = len(shape)
-    # The second group of task axes is in reverse order.
-    generalized = np.moveaxis(
-        np.tensordot(tensor, tensor, axes=(-1, -1)), range(k, 2 * k), range(2 * k - 1, k - 1, -1)
-    )
-    assert generalized.shape == shape + shape[::-1]
-    weighting = W.flattening(W.upgrad())
-    weights, _ = jax.jit(weighting.update)(jnp.asarray(generalized), weighting.init(shape))
-    flat, _ = upgrad_of_six(jnp.asarray(J @ J.T), ())
-    assert weights.shape == shape
+def test_flattening_is_the_weighting_of_the_flat_gramian():
+    J = np.random.default_rng(8).standard_normal((6, 8)).astype(np.float32)
+    flat, _ = jax.jit(W.imtl_g().update)(jnp.asarray(J @ J.T), ())
     assert np.ptp(flat) > 0.1
-    np.testing.assert_allclose(weights, np.reshape(flat, shape), rtol=1e-4)
+    weighting = W.flattening(W.imtl_g())
+    update = jax.jit(weighting.update)
+    for shape in [(6,), (2, 3), (3, 2), (2, 1, 3)]:
+        tensor = J.reshape(*shape, 8)
+        k = len(shape)
+        # The second group of task axes is in reverse order.
+        generalized = np.moveaxis(
+            np.tensordot(tensor, tensor, axes=(-1, -1)),
+            range(k, 2 * k),
+            range(2 * k - 1, k - 1, -1),
+        )
+        assert generalized.shape == shape + shape[::-1]
+        weights, _ = update(jnp.asarray(generalized), weighting.init(shape))
+        assert weights.shape == shape
+        np.testing.assert_allclose(weights, np.reshape(flat, shape), rtol=1e-4)
 
 
 def test_flattening_with_state():
@@ -558,14 +569,12 @@ def test_flattening_with_state():
 def jitted(name: str):
     weightings = {
         "upgrad": W.upgrad(),
-        "upgrad_ones": W.upgrad([1.0, 1.0]),
         "dualproj": W.dualproj(),
         "mgda": W.mgda(),
         "pcgrad": W.pcgrad(),
         "gradvac": W.gradvac(),
         "imtl_g": W.imtl_g(),
         "cagrad": W.cagrad(0.4),
-        "cagrad_0": W.cagrad(0.0),
         "aligned_mtl": W.aligned_mtl(),
         "aligned_mtl_median": W.aligned_mtl(scale_mode="median"),
         "aligned_mtl_rmse": W.aligned_mtl(scale_mode="rmse"),
@@ -589,7 +598,7 @@ def test_pcgrad_of_two_rows_is_twice_upgrad():
         for J in pairs_of_rows():
             G = jnp.asarray(J @ J.T)
             expected = 2 * jitted("upgrad")(G)
-            for name in ("pcgrad", "gradvac", "upgrad_ones"):
+            for name in ("pcgrad", "gradvac"):
                 np.testing.assert_allclose(jitted(name)(G), expected, rtol=1e-7)
 
 
@@ -635,23 +644,23 @@ def test_aligned_mtl_against_numpy(mode):
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_orthogonal_rows_of_one_length(scale):
-    G = array(np.eye(3) * scale)
-    for name in ["upgrad", "dualproj", "mgda", "imtl_g", "cagrad_0"] + [
-        "aligned_mtl",
-        "aligned_mtl_median",
-        "aligned_mtl_rmse",
-    ]:
-        np.testing.assert_allclose(jitted(name)(G), np.full(3, 1 / 3), rtol=1e-6)
-    for name in ("pcgrad", "gradvac"):
-        np.testing.assert_allclose(jitted(name)(G), np.ones(3), rtol=1e-6)
-    # g_w is the mean gradient, so the step is 1 + c times the mean.
-    np.testing.assert_allclose(jitted("cagrad")(G), np.full(3, 1.4 / 3), rtol=1e-6)
+    expected = {
+        **dict.fromkeys(["upgrad", "dualproj", "mgda", "imtl_g"], 1 / 3),
+        **dict.fromkeys(["aligned_mtl", "aligned_mtl_median", "aligned_mtl_rmse"], 1 / 3),
+        **dict.fromkeys(["pcgrad", "gradvac"], 1),
+        "cagrad": 1.4 / 3,  # g_w is the mean gradient, so the step is 1 + c times the mean.
+    }
+    with jax.enable_x64(True):
+        for name, weight in expected.items():
+            weights = jitted(name)(jnp.asarray(np.eye(3) * scale))
+            np.testing.assert_allclose(weights, np.full(3, weight), rtol=1e-12)
 
 
 def test_rows_without_conflict_are_left_alone():
     rng = np.random.default_rng(12)
     J = np.abs(rng.standard_normal((3, 5)))
-    G = array(J @ J.T)
-    for name in ("upgrad", "dualproj"):
-        np.testing.assert_array_equal(jitted(name)(G), np.full(3, 1 / 3, np.float32))
-    np.testing.assert_array_equal(jitted("pcgrad")(G), np.ones(3, np.float32))
+    with jax.enable_x64(True):
+        G = jnp.asarray(J @ J.T)
+        for name in ("upgrad", "dualproj"):
+            np.testing.assert_array_equal(jitted(name)(G), np.full(3, 1 / 3))
+        np.testing.assert_allclose(jitted("pcgrad")(G), np.ones(3), rtol=1e-15)

@@ -62,6 +62,8 @@ def value_and_jacobian(
         chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
     single = not isinstance(argnums, Sequence)
     numbers: tuple[int, ...] = (argnums,) if single else tuple(argnums)  # type: ignore[arg-type]
+    if not numbers:
+        raise ValueError("`argnums` must name at least one argument, got none.")
 
     def value_and_jacobian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Jacobian]:
         positions = [_position(number, len(args)) for number in numbers]
@@ -155,7 +157,8 @@ def check_differentiable(params: PyTree) -> None:
       ValueError: If one is not; its path is named.
     """
     for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        array = isinstance(leaf, (float, int)) or hasattr(leaf, "dtype")
+        if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
                 f"Parameter leaf '{path_name(path)}': expected a real floating point dtype, found "
                 f"{type_name(leaf)}. Pass it as another argument of the function."

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import Aggregator, Jacobian, PyTree
-from jaxjd.checks import path_name
+from jaxjd.checks import path_name, type_name
 from jaxjd.grouping.labels import resolve
 
 
@@ -65,11 +65,17 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
       >>> print(jnp.round(updates["encoder"]["w"], 4), updates["decoder"]["w"])
       [0.2924 1.9006 1.9006] [2. 2. 2.]
     """
+    if not aggregators:
+        raise ValueError("`aggregators` must map at least one label to an aggregator.")
+    for label, transform in aggregators.items():
+        if not isinstance(transform, optax.GradientTransformation):
+            raise ValueError(
+                f"Label {label!r}: expected an aggregator or another optax transformation (a "
+                f"factory has to be called first), found {type_name(transform)}."
+            )
     transforms = {
         label: optax.with_extra_args_support(transform) for label, transform in aggregators.items()
     }
-    if not transforms:
-        raise ValueError("`aggregators` must map at least one label to an aggregator.")
 
     def init(params: PyTree) -> PartitionState:
         found = _resolve(labels, params, transforms)

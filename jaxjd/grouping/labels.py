@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from jaxjd.base import PyTree
-from jaxjd.checks import path_name, type_name
+from jaxjd.checks import type_name
 
 __all__ = ["by_layer", "by_network", "by_rules", "by_tensor", "together"]
 
@@ -176,16 +176,15 @@ def resolve(labels: Any, params: PyTree) -> list[str]:
     # A module with a `__call__` is a label tree; only a callable leaf is a function.
     if callable(labels) and jax.tree_util.all_leaves([labels]):
         labels = labels(params)
-    leaves = [(key_names(path), path) for path, _ in jax.tree.leaves_with_path(params)]
     wanted: dict[tuple[str, ...], str] = {}
-    for path, label in jax.tree.leaves_with_path(labels):
+    for names, label in zip(leaf_names(labels), jax.tree.leaves(labels), strict=True):
         if not isinstance(label, str):
-            raise ValueError(
-                f"Label '{path_name(path)}': expected a string, found {type_name(label)}."
-            )
-        wanted[key_names(path)] = label
+            name = "/".join(names) or _ROOT
+            raise ValueError(f"Label '{name}': expected a string, found {type_name(label)}.")
+        wanted[names] = label
+    leaves = leaf_names(params)
     result, used = [], set()
-    for names, path in leaves:
+    for names in leaves:
         for length in range(len(names), -1, -1):
             if names[:length] in wanted:
                 used.add(names[:length])
@@ -193,7 +192,7 @@ def resolve(labels: Any, params: PyTree) -> list[str]:
                 break
         else:
             raise ValueError(
-                f"Parameter leaf '{path_name(path)}' has no label; the label tree has "
+                f"Parameter leaf '{'/'.join(names)}' has no label; the label tree has "
                 f"{sorted('/'.join(names) for names in wanted)}."
             )
     if leaves:
@@ -202,12 +201,30 @@ def resolve(labels: Any, params: PyTree) -> list[str]:
     return result
 
 
-def key_names(path: Sequence[Any]) -> tuple[str, ...]:
-    """Returns the names along a key path, without the wrapper of an nnx variable."""
-    tail = path[-1:]
-    if len(path) > 1 and isinstance(tail[0], jax.tree_util.GetAttrKey) and tail[0].name == "value":
-        path = path[:-1]
-    return tuple(_key_name(key) for key in path)
+def leaf_names(tree: PyTree) -> list[tuple[str, ...]]:
+    """Returns the names along every leaf's key path, without those of flax's wrappers.
+
+    An optimizer of nnx is initialized with variables and updated with their values: both must have
+    the same names.
+    """
+    wrappers = {
+        path
+        for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_wrapper)
+        if _is_wrapper(node)
+    }
+    names = []
+    for path, _ in jax.tree.leaves_with_path(tree):
+        kept = [key for place, key in enumerate(path) if path[:place] not in wrappers]
+        names.append(tuple(_key_name(key) for key in kept))
+    return names
+
+
+def _is_wrapper(node: Any) -> bool:
+    # By name: flax is not imported here.
+    return any(
+        base.__module__.startswith("flax.") and base.__name__ in ("Variable", "AxisMetadata")
+        for base in type(node).__mro__
+    )
 
 
 def _key_name(key: Any) -> str:
@@ -222,7 +239,7 @@ def _join(names: tuple[str, ...]) -> str:
 
 
 def _label(params: PyTree, label: Callable[[tuple[str, ...]], str]) -> PyTree:
-    paths = [key_names(path) for path, _ in jax.tree.leaves_with_path(params)]
+    paths = leaf_names(params)
     collection = bool(paths) and all(len(p) > 1 and p[0] == "params" for p in paths)
     labels = [label(names[1:] if collection else names) for names in paths]
     return jax.tree.unflatten(jax.tree.structure(params), labels)

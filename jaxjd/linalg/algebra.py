@@ -230,7 +230,7 @@ def _leaf_product(leaf_1: jax.Array, leaf_2: jax.Array, dtype: jnp.dtype) -> jax
 
 def _leaf_combination(weights: jax.Array, leaf: jax.Array) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    dtype = jnp.result_type(weights.dtype, leaf.dtype)
+    dtype = jnp.result_type(jnp.float32, weights.dtype, leaf.dtype)
     spec = None
     if (mesh := _explicit_mesh(leaf)) is not None:
         del mesh

@@ -56,7 +56,7 @@ def cagrad(c: float) -> Weighting:
         scale = jnp.where(longest > 0, longest, 1)
         mean = unit.lengths / scale / m
         improvement = matmul(unit.cosines, mean)  # <g_i, g_0> / |g_i|
-        radius = c * jnp.sqrt(jnp.maximum(mean @ improvement, 0))
+        radius = jnp.asarray(c, stat.dtype) * jnp.sqrt(jnp.maximum(matmul(mean, improvement), 0))
         inverse = unit.inverse_lengths * scale
         x = _best_worst_case(unit.cosines, improvement, inverse, unit.nonzero, radius)
         return (1 / m + x * inverse).astype(stat.dtype), state
@@ -83,8 +83,8 @@ def _best_worst_case(
     def closest(mu: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x = nonnegative_qp(cosines, (improvement - mu * inverse_lengths)[None, :])[0]
         # Beyond the largest feasible mu, x runs off along a null direction of C: count it too.
-        distance = jnp.sqrt(jnp.maximum(x @ matmul(cosines, x), 0) + 8 * eps * (x @ x))
-        slope = (x @ inverse_lengths) / jnp.where(distance > 0, distance, 1)
+        distance = jnp.sqrt(jnp.maximum(matmul(x, matmul(cosines, x)), 0) + 8 * eps * matmul(x, x))
+        slope = matmul(x, inverse_lengths) / jnp.where(distance > 0, distance, 1)
         return x, distance, slope
 
     ratios = jnp.where(nonzero, improvement / jnp.where(nonzero, inverse_lengths, 1), jnp.inf)

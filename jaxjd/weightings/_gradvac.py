@@ -85,14 +85,19 @@ def gradvac(beta: float = 0.5, eps: float = 1e-8, key: jax.Array | int = 0) -> W
         check_length("state.target", state.target.shape[0], m)
         key, order_key = jax.random.split(state.key)
         target = state.target.astype(stat.dtype)
-        weights, target = vaccinate(stat, target, random_orders(order_key, m), beta, eps)
+        rate, small = jnp.asarray(beta, stat.dtype), jnp.asarray(eps, stat.dtype)
+        weights, target = vaccinate(stat, target, random_orders(order_key, m), rate, small)
         return weights, GradVacState(key=key, target=target.astype(state.target.dtype))
 
     return Weighting(init, update)
 
 
 def vaccinate(
-    gramian: jax.Array, target: jax.Array, orders: jax.Array, beta: float, eps: float
+    gramian: jax.Array,
+    target: jax.Array,
+    orders: jax.Array,
+    beta: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns GradVac's weights and next targets for given orders.
 

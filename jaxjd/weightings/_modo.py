@@ -74,7 +74,8 @@ def modo(gamma: float = 0.1, rho: float = 0.1) -> CrossGramianWeighting:
         m = check_square("cross-Gramian", stat)
         check_length("state.weights", state.weights.shape[0], m)
         w = state.weights.astype(stat.dtype)
-        w = project_onto_simplex(w - gamma * (matmul(stat, w) + rho * w))
+        step_size, pull = jnp.asarray(gamma, stat.dtype), jnp.asarray(rho, stat.dtype)
+        w = project_onto_simplex(w - step_size * (matmul(stat, w) + pull * w))
         return w.astype(stat.dtype), MoDoState(weights=w.astype(state.weights.dtype))
 
     return CrossGramianWeighting(init, update)

@@ -1,0 +1,971 @@
+"""Bad input is a `ValueError` while tracing that says what was looked at, expected and found."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxjd
+from jaxjd import labels, linalg, weightings
+from tests.registry import NAMED, by_name
+
+PARAMS = {"a": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "c": jnp.zeros(3)}
+JACOBIAN = jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape)), PARAMS)
+EYE = jnp.eye(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of bad input.
+
+    Attributes:
+      name: The test id.
+      run: Triggers it, without running anything on a device.
+      message: What the message must say, as regular expressions.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    message: tuple[str, ...]
+
+
+def case(name, run, *message):
+    return Case(name, run, message)
+
+
+def trace(fn, *args):
+    """Traces a function under jit; nothing is compiled, so nothing can run."""
+    return jax.eval_shape(jax.jit(fn), *args)
+
+
+def update(aggregator, jacobian=JACOBIAN, params=PARAMS, init=PARAMS, **extra_args):
+    """Traces an update under jit, from a state for `init`."""
+    state = aggregator.init(init)
+    return trace(
+        lambda j, s, p, e: aggregator.update(j, s, p, **e), jacobian, state, params, extra_args
+    )
+
+
+def weigh(weighting, stat=EYE, state=()):
+    return trace(weighting.update, stat, state)
+
+
+def engine(fn, params=PARAMS, **options):
+    return trace(jaxjd.value_and_jacobian(fn, **options), params)
+
+
+def replaced(leaf, key="c"):
+    """The Jacobian with another leaf in one place."""
+    return {**JACOBIAN, key: leaf}
+
+
+def norms(params):
+    return jnp.stack([jnp.sum(params["c"] ** 2), jnp.sum(params["a"]["w"])])
+
+
+def mtl(heads_fn, heads_params, trunk_params=None, **options):
+    fn = jaxjd.mtl_value_and_jacobian(lambda w: jnp.tanh(w), heads_fn, **options)
+    return trace(fn, jnp.zeros(2) if trunk_params is None else trunk_params, heads_params)
+
+
+def head(v, features):
+    return v * jnp.sum(features)
+
+
+def partitioned(tree, *names):
+    return jaxjd.partition({name: jaxjd.sum() for name in names}, tree)
+
+
+def rows_for(num_tasks):
+    return jax.tree.map(lambda leaf: jnp.ones((num_tasks, *leaf.shape)), PARAMS)
+
+
+TWO = rows_for(2)
+NO_TASK_AXIS = jax.tree.map(lambda leaf: leaf[0], JACOBIAN)
+
+JACOBIANS = [
+    case(
+        "gradient without a task axis, with params",
+        lambda: update(jaxjd.upgrad(), NO_TASK_AXIS),
+        "leaf 'c'",
+        "size 2 as in leaf 'a/b'",
+        r"found shape \(3,\)",
+        "gradient without a task axis",
+    ),
+    case(
+        "gradient without a task axis, no params",
+        lambda: update(jaxjd.upgrad(), {"a": jnp.ones(3), "b": jnp.ones((4, 2))}, None),
+        "leaf 'b'",
+        "size 3 as in leaf 'a'",
+        r"found shape \(4, 2\)",
+        "gradient without a task axis",
+    ),
+    case(
+        "gradient of a scalar parameter",
+        lambda: update(jaxjd.mean(), {"scale": jnp.ones(())}, None, {"scale": jnp.ones(())}),
+        "leaf 'scale'",
+        "leading task axis",
+        r"found shape \(\)",
+    ),
+    case(
+        "bare gradient of one parameter",
+        lambda: update(jaxjd.mean(), jnp.ones(3), jnp.zeros(3), jnp.zeros(3)),
+        "leaf '<root>'",
+        r"\(m, \*\(3,\)\)",
+        r"found \(3,\)",
+        "no task axis",
+    ),
+    case(
+        "aggregator after an aggregator",
+        lambda: update(optax.chain(jaxjd.upgrad(), jaxjd.mean())),
+        "leaf 'a/b'",
+        "size 2|no task axis",
+    ),
+    case(
+        "leaves with different numbers of tasks",
+        lambda: update(jaxjd.upgrad(), replaced(jnp.ones((4, 3)))),
+        "leaf 'c'",
+        "size 3 as in leaf 'a/b'",
+        r"found shape \(4, 3\)",
+    ),
+    case(
+        "no tasks",
+        lambda: update(jaxjd.upgrad(), rows_for(0)),
+        "leaf 'a/b'",
+        "task axis",
+        r"found shape \(0, 2\)",
+    ),
+    case(
+        "leaf of another shape than its parameter",
+        lambda: update(jaxjd.upgrad(), replaced(jnp.ones((3, 4)))),
+        "leaf 'c'",
+        r"\(m, \*\(3,\)\)",
+        r"found \(3, 4\)",
+    ),
+    case(
+        "fewer leaves than parameters",
+        lambda: update(jaxjd.upgrad(), {"c": JACOBIAN["c"]}),
+        "1 leaves",
+        "parameters have 3",
+    ),
+    case(
+        "num_tasks disagrees",
+        lambda: update(jaxjd.upgrad(num_tasks=2)),
+        "num_tasks=2",
+        "3 rows",
+    ),
+    case(
+        "num_tasks disagrees in groups",
+        lambda: update(jaxjd.grouped(weightings.upgrad(), "all", num_tasks=2)),
+        "num_tasks=2",
+        "3 rows",
+    ),
+    case(
+        "integer leaf",
+        lambda: update(jaxjd.upgrad(), replaced(jnp.ones((3, 3), int))),
+        "leaf 'c'",
+        "floating point",
+        r"found int32\[3,3\]",
+    ),
+    case(
+        "complex leaf",
+        lambda: jaxjd.gramian(replaced(jnp.ones((3, 3), complex))),
+        "leaf 'c'",
+        "real floating point",
+        r"found complex64\[3,3\]",
+    ),
+    case(
+        "leaf that is no array",
+        lambda: jaxjd.gramian(replaced(1.0)),
+        "leaf 'c'",
+        "expected an array",
+        "found float",
+    ),
+    case("Gramian of nothing", lambda: jaxjd.gramian({}), "`jacobian`", "no leaves"),
+    case(
+        "weights of another length",
+        lambda: trace(jaxjd.combine, jnp.ones(2), JACOBIAN),
+        "`weights` has 2 entries",
+        "3 tasks",
+    ),
+    case(
+        "weights of another rank",
+        lambda: trace(jaxjd.combine, jnp.ones((3, 1)), JACOBIAN),
+        "`weights`",
+        r"shape \(m,\)",
+        r"got float32\[3,1\]",
+    ),
+    case(
+        "weights that are a list",
+        lambda: jaxjd.combine([1.0, 2.0, 3.0], JACOBIAN),
+        "`weights`",
+        "got list",
+    ),
+    case(
+        "materialize something else",
+        lambda: jaxjd.materialize({"a": jnp.ones(())}),
+        "leaf 'a'",
+        "task axis",
+    ),
+]
+
+# Factories: what they need to know, and what they take.
+
+NEEDS_NUM_TASKS = {
+    "gradvac": weightings.gradvac,
+    "sdmgrad": weightings.sdmgrad,
+    "modo": weightings.modo,
+    "excess_mtl": weightings.excess_mtl,
+    "cr_mogm": lambda: weightings.cr_mogm(weightings.upgrad()),
+}
+
+FACTORIES = [
+    *(
+        case(
+            f"missing num_tasks: {name}",
+            lambda make=make: jaxjd.weighted(make()),
+            "num_tasks=",
+            f"`{name}`",
+            "depends on the number of tasks",
+        )
+        for name, make in NEEDS_NUM_TASKS.items()
+    ),
+    *(
+        case(
+            f"missing num_tasks in init: {name}",
+            lambda make=make: make().init(None, PARAMS),
+            "num_tasks=",
+            f"`{name}`",
+        )
+        for name, make in NEEDS_NUM_TASKS.items()
+    ),
+    *(
+        case(
+            f"missing num_tasks of an aggregator: {name}",
+            lambda name=name: getattr(jaxjd, name)(),
+            "num_tasks=",
+        )
+        for name in NEEDS_NUM_TASKS
+        if hasattr(jaxjd, name)
+    ),
+    case(
+        "missing num_tasks in groups",
+        lambda: jaxjd.grouped(weightings.gradvac(), labels.by_layer),
+        "num_tasks=",
+        "`gradvac`",
+    ),
+    case("missing params", lambda: weightings.excess_mtl().init(2), "`excess_mtl`", "params"),
+    case(
+        "num_tasks of zero", lambda: jaxjd.upgrad(num_tasks=0), "`num_tasks` must be >= 1", "got 0"
+    ),
+    case(
+        "num_tasks that is no int",
+        lambda: jaxjd.upgrad(num_tasks=2.0),
+        "`num_tasks` must be a static int",
+        "got float",
+    ),
+    case(
+        "traced num_tasks",
+        lambda: optax.inject_hyperparams(jaxjd.upgrad)(num_tasks=2).init(PARAMS),
+        "`num_tasks` must be a static int",
+        "static_args",
+    ),
+    case(
+        "traced n_iter",
+        lambda: optax.inject_hyperparams(jaxjd.sdmgrad, static_args=("num_tasks", "pref_vector"))(
+            num_tasks=2, n_iter=5
+        ).init(PARAMS),
+        "`n_iter` must be a static int",
+        "static_args",
+    ),
+    case(
+        "traced n_warmup_steps",
+        lambda: trace(lambda n: weightings.excess_mtl(n_warmup_steps=n).init(2, PARAMS), 3),
+        "`n_warmup_steps` must be a static int",
+        "static_args",
+    ),
+    case(
+        "weighting factory that was not called",
+        lambda: jaxjd.weighted(weightings.upgrad),
+        "`weighting` must be a jaxjd.Weighting",
+        "called first",
+        "got function",
+    ),
+    case(
+        "aggregator for a weighting",
+        lambda: jaxjd.weighted(jaxjd.upgrad()),
+        "`weighting` must be a jaxjd.Weighting",
+        "got Aggregator",
+    ),
+    case(
+        "cr_mogm of a factory",
+        lambda: weightings.cr_mogm(weightings.mean),
+        "`weighting` must be a jaxjd.Weighting",
+        "got function",
+    ),
+    case(
+        "grouped with a factory",
+        lambda: jaxjd.grouped(weightings.mean, "all"),
+        "`weighting` must be a jaxjd.Weighting",
+        "got function",
+    ),
+    case(
+        "aggregator factory in a partition",
+        lambda: jaxjd.partition({"all": jaxjd.mean}, "all"),
+        "'all'",
+        "aggregator",
+        "function",
+    ),
+    case(
+        "partition of nothing", lambda: jaxjd.partition({}, "all"), "`aggregators`", "at least one"
+    ),
+    case(
+        "flattening of a Jacobian weighting",
+        lambda: weightings.flattening(weightings.excess_mtl()),
+        "`flattening` takes a weighting of the Gramian",
+        "got JacobianWeighting",
+    ),
+    case(
+        "flattening of a cross-Gramian weighting",
+        lambda: weightings.flattening(weightings.modo()),
+        "`flattening` takes a weighting of the Gramian",
+        "got CrossGramianWeighting",
+    ),
+    case(
+        "flattening of a factory",
+        lambda: weightings.flattening(weightings.mean),
+        "`flattening` takes a weighting",
+        "got function",
+    ),
+    case(
+        "grouped with a Jacobian weighting",
+        lambda: jaxjd.grouped(weightings.excess_mtl(), "all", num_tasks=2),
+        "`grouped`",
+        "jaxjd.partition",
+    ),
+    case("key: a float", lambda: weightings.pcgrad(key=0.5), "`key` must be", "got float"),
+    case("key: a string", lambda: weightings.random(key="seed"), "`key` must be", "got str"),
+    case("key: None", lambda: weightings.random(key=None), "`key` must be", "got NoneType"),
+    case("key: negative", lambda: weightings.gradvac(key=-1), "`key` must be >= 0", "got -1"),
+    case(
+        "key: a float array",
+        lambda: weightings.gradvac(key=jnp.ones(2)),
+        "`key` must be an int or a jax.random.key",
+        r"got float32\[2\]",
+    ),
+    case(
+        "key: raw data of another size",
+        lambda: weightings.pcgrad(key=jnp.ones(3, "uint32")),
+        "`key` must be",
+        r"uint32\[3\]",
+    ),
+    case(
+        "key: several keys",
+        lambda: weightings.pcgrad(key=jax.random.split(jax.random.key(0), 3)),
+        "`key` must be",
+        r"\[3\]",
+    ),
+    case(
+        "key: several raw keys",
+        lambda: weightings.pcgrad(key=jnp.ones((3, 2), "uint32")),
+        "`key` must be",
+        r"uint32\[3,\s?2\]",
+    ),
+]
+
+# Hyper-parameters out of range: factory, bad values, wanted range.
+
+UPGRAD = weightings.upgrad()
+RANGES = [
+    ("cagrad", weightings.cagrad, {"c": (-0.1, -1)}, ">= 0"),
+    ("gradvac", weightings.gradvac, {"beta": (-0.1, 1.1)}, ">= 0 and <= 1"),
+    ("gradvac", weightings.gradvac, {"eps": (-1e-8,)}, ">= 0"),
+    ("excess_mtl", weightings.excess_mtl, {"robust_step_size": (0.0, -1.0)}, "> 0"),
+    ("excess_mtl", weightings.excess_mtl, {"n_warmup_steps": (-1,)}, ">= 0"),
+    ("sdmgrad", weightings.sdmgrad, {"lr": (0.0, -1.0)}, "> 0"),
+    ("sdmgrad", weightings.sdmgrad, {"momentum": (-0.1, 1.0)}, ">= 0 and < 1"),
+    ("sdmgrad", weightings.sdmgrad, {"lambda_": (-0.1,)}, ">= 0"),
+    ("sdmgrad", weightings.sdmgrad, {"n_iter": (0, -1)}, ">= 1"),
+    ("modo", weightings.modo, {"gamma": (0.0, -1.0)}, "> 0"),
+    ("modo", weightings.modo, {"rho": (-0.1,)}, ">= 0"),
+    ("cr_mogm", lambda alpha: weightings.cr_mogm(UPGRAD, alpha), {"alpha": (-0.1, 1.1)}, "<= 1"),
+    ("projector", linalg.regularized_projector, {"norm_eps": (-1.0,)}, ">= 0"),
+    ("projector", linalg.regularized_projector, {"reg_eps": (-1.0,)}, ">= 0"),
+]
+SCALARS = [
+    ("cagrad", weightings.cagrad, "c"),
+    ("gradvac", weightings.gradvac, "beta"),
+    ("gradvac", weightings.gradvac, "eps"),
+    ("excess_mtl", weightings.excess_mtl, "robust_step_size"),
+    ("sdmgrad", weightings.sdmgrad, "lr"),
+    ("sdmgrad", weightings.sdmgrad, "momentum"),
+    ("sdmgrad", weightings.sdmgrad, "lambda_"),
+    ("modo", weightings.modo, "gamma"),
+    ("modo", weightings.modo, "rho"),
+    ("cr_mogm", lambda alpha: weightings.cr_mogm(UPGRAD, alpha), "alpha"),
+    ("projector", linalg.regularized_projector, "reg_eps"),
+]
+
+HYPERPARAMETERS = [
+    *(
+        case(
+            f"out of range: {name}({parameter}={value})",
+            lambda make=make, parameter=parameter, value=value: make(**{parameter: value}),
+            f"`{parameter}` must be",
+            re.escape(wanted),
+            f"got {value}",
+        )
+        for name, make, values, wanted in RANGES
+        for parameter, bad in values.items()
+        for value in (*bad, *((float("nan"),) if isinstance(bad[0], float) else ()))
+    ),
+    *(
+        case(
+            f"no number: {name}({parameter})",
+            lambda make=make, parameter=parameter: make(**{parameter: "large"}),
+            f"`{parameter}` must be a number",
+            "got 'large'",
+        )
+        for name, make, parameter in SCALARS
+    ),
+    *(
+        case(
+            f"no scalar: {name}({parameter})",
+            lambda make=make, parameter=parameter: make(**{parameter: jnp.ones(2)}),
+            f"`{parameter}` must be a scalar",
+            r"got float32\[2\]",
+        )
+        for name, make, parameter in SCALARS
+    ),
+    case(
+        "unknown scale_mode",
+        lambda: weightings.aligned_mtl(scale_mode="max"),
+        "`scale_mode` must be one of",
+        "'min'.*'median'.*'rmse'",
+        "got 'max'",
+    ),
+    *(
+        case(
+            f"pref_vector of another rank: {name}",
+            lambda name=name: getattr(weightings, name)(pref_vector=jnp.ones((3, 1))),
+            "`pref_vector` must be a vector",
+            r"got shape \(3, 1\)",
+        )
+        for name in ("aligned_mtl", "dualproj", "sdmgrad", "upgrad")
+    ),
+    *(
+        case(
+            f"pref_vector of another length: {name}",
+            lambda name=name: weigh(getattr(weightings, name)(pref_vector=[0.5, 0.5])),
+            "`pref_vector` has 2 entries",
+            "3 tasks",
+        )
+        for name in ("aligned_mtl", "dualproj", "upgrad")
+    ),
+    case(
+        "pref_vector of another length: sdmgrad",
+        lambda: weigh(
+            weightings.sdmgrad(pref_vector=[0.5, 0.5]), EYE, weightings.sdmgrad().init(3)
+        ),
+        "`pref_vector` has 2 entries",
+        "3 tasks",
+    ),
+    case(
+        "constant weights of another rank",
+        lambda: weightings.constant(1.0),
+        "`weights` must be a vector",
+        r"got shape \(\)",
+    ),
+    case(
+        "constant weights of another length",
+        lambda: weigh(weightings.constant([1.0, 2.0])),
+        "`weights` has 2 entries",
+        "3 tasks",
+    ),
+    case(
+        "initial weights of another length",
+        lambda: weightings.cr_mogm(UPGRAD, initial_weights=[0.5, 0.5]).init(3),
+        r"`initial_weights` must have shape \(3,\)",
+        r"got \(2,\)",
+    ),
+    case(
+        "initial weights of another rank",
+        lambda: weightings.cr_mogm(UPGRAD, initial_weights=jnp.ones((3, 1))).init(3),
+        r"`initial_weights` must have shape \(3,\)",
+        r"got \(3, 1\)",
+    ),
+]
+
+# Statistics and states
+
+STATS = [
+    *(
+        case(
+            f"{kind}: {name}",
+            lambda make=make, stat=stat: weigh(make(), stat, make().init(3, PARAMS)),
+            r"ramian` must be",
+            message,
+            re.escape(f"got {stat.dtype}[{','.join(map(str, stat.shape))}]"),
+        )
+        for name, make in (("upgrad", weightings.upgrad), ("modo", weightings.modo))
+        for kind, stat, message in (
+            ("Gramian that is not square", jnp.ones((3, 2)), r"shape \(m, m\)"),
+            ("Gramian of another rank", jnp.ones(3), r"shape \(m, m\)"),
+            ("empty Gramian", jnp.ones((0, 0)), r"shape \(m, m\)"),
+            ("integer Gramian", jnp.ones((3, 3), int), "floating point"),
+        )
+    ),
+    case(
+        "generalized Gramian that is not a palindrome",
+        lambda: weigh(weightings.flattening(UPGRAD), jnp.ones((2, 3, 2, 3))),
+        r"\(m1, .., mk, mk, .., m1\)",
+        r"got float32\[2,3,2,3\]",
+    ),
+    case(
+        "generalized Gramian of odd rank",
+        lambda: weigh(weightings.flattening(UPGRAD), jnp.ones((2, 3, 2))),
+        r"\(m1, .., mk, mk, .., m1\)",
+        r"got float32\[2,3,2\]",
+    ),
+    *(
+        case(
+            f"state of another number of tasks: {name}",
+            lambda make=make: weigh(make(), EYE, make().init(2)),
+            r"2 entries.*3 tasks|\(2,\).*\(3,\)",
+        )
+        for name, make in NEEDS_NUM_TASKS.items()
+        if name != "excess_mtl"
+    ),
+    case(
+        "state of another number of tasks: excess_mtl",
+        lambda: weigh(weightings.excess_mtl(), JACOBIAN, weightings.excess_mtl().init(2, PARAMS)),
+        "2 entries",
+        "3 tasks",
+    ),
+    case(
+        "state of other parameters: excess_mtl",
+        lambda: weigh(
+            weightings.excess_mtl(), JACOBIAN, weightings.excess_mtl().init(3, PARAMS["a"])
+        ),
+        "`excess_mtl`",
+        r"expected shapes \[\(3, 2\), \(3, 2, 2\)\]",
+        r"found \[\(3, 2\), \(3, 2, 2\), \(3, 3\)\]",
+    ),
+    case(
+        "state of another number of groups",
+        lambda: trace(
+            jaxjd.grouped(UPGRAD, labels.by_layer, num_tasks=3).update,
+            JACOBIAN,
+            jaxjd.grouped(UPGRAD, labels.together, num_tasks=3).init(PARAMS),
+            PARAMS,
+        ),
+        "1 groups",
+        r"\['a', 'root'\]",
+    ),
+    *(
+        case(
+            f"cross_jacobians: {kind}",
+            lambda extra=extra: update(jaxjd.modo(num_tasks=3), **extra),
+            "cross_jacobians=",
+            f"got {found}",
+        )
+        for kind, extra, found in (
+            ("missing", {}, "NoneType"),
+            ("a single Jacobian", {"cross_jacobians": JACOBIAN}, "dict"),
+            ("three of them", {"cross_jacobians": (JACOBIAN,) * 3}, "tuple"),
+        )
+    ),
+    case(
+        "cross_jacobians: of different structures",
+        lambda: update(jaxjd.modo(num_tasks=3), cross_jacobians=(JACOBIAN, {"c": JACOBIAN["c"]})),
+        "same structure",
+        "'a'",
+    ),
+    case(
+        "cross_jacobians: of different shapes",
+        lambda: update(
+            jaxjd.modo(num_tasks=3), cross_jacobians=(JACOBIAN, replaced(jnp.ones((3, 4))))
+        ),
+        "leaf 'c'",
+        r"\(3, 3\) and \(3, 4\)",
+    ),
+    case(
+        "cross_jacobians: of different numbers of tasks",
+        lambda: update(jaxjd.sdmgrad(num_tasks=3), cross_jacobians=(JACOBIAN, TWO)),
+        "leaf 'a/b'",
+        r"\(3, 2\) and \(2, 2\)",
+    ),
+    case(
+        "cross_jacobians: of another number of tasks than the Jacobian",
+        lambda: update(jaxjd.modo(num_tasks=3), cross_jacobians=(TWO, TWO)),
+        "3 entries",
+        "2 tasks",
+    ),
+    case(
+        "cross_jacobians: of another structure than the groups",
+        lambda: update(
+            jaxjd.grouped(weightings.modo(), labels.by_layer, num_tasks=3),
+            cross_jacobians=(JACOBIAN, {"c": JACOBIAN["c"]}),
+        ),
+        "`cross_jacobians`",
+        "structure",
+        "'a'",
+    ),
+]
+
+# Labels
+
+LABELS = [
+    case(
+        "leaf without a label",
+        lambda: partitioned({"a": "one"}, "one").init(PARAMS),
+        "leaf 'c' has no label",
+        r"\['a'\]",
+    ),
+    case(
+        "leaf without a label: grouped",
+        lambda: jaxjd.grouped(UPGRAD, {"a": "one"}).init(PARAMS),
+        "leaf 'c' has no label",
+    ),
+    case(
+        "label of no leaf",
+        lambda: partitioned({"a": "one", "c": "one", "d": "one"}, "one").init(PARAMS),
+        "label of 'd'",
+        "no parameter leaf",
+    ),
+    case(
+        "label without an aggregator",
+        lambda: partitioned(labels.by_network, "a").init(PARAMS),
+        r"labels \['c'\] have no aggregator",
+        r"\['a'\]",
+    ),
+    case(
+        "aggregator without a leaf",
+        lambda: partitioned(labels.by_network, "a", "c", "d").init(PARAMS),
+        r"aggregators of \['d'\] have no parameter",
+        r"\['a', 'c'\]",
+    ),
+    case(
+        "labels that are no strings",
+        lambda: partitioned({"a": 1, "c": "one"}, "one").init(PARAMS),
+        "Label 'a'",
+        "expected a string",
+        "found int",
+    ),
+    case(
+        "rule that matches nothing",
+        lambda: labels.by_rules([("^a", "one"), ("^d", "two"), ("", "rest")])(PARAMS),
+        r"rule '\^d'",
+        "labels no leaf",
+    ),
+    case(
+        "rule behind a rule that takes all",
+        lambda: labels.by_rules([("", "rest"), ("^a", "one")])(PARAMS),
+        r"rule '\^a'",
+        "labels no leaf",
+    ),
+    case(
+        "leaf that no rule matches",
+        lambda: labels.by_rules([("^a", "one")])(PARAMS),
+        "leaf 'c'",
+        "no rule matches",
+        r"\['\^a'\]",
+    ),
+    case(
+        "rules that are no pairs",
+        lambda: labels.by_rules(["^a"]),
+        "`rules` must hold pairs",
+        r"got '\^a'",
+    ),
+    case(
+        "rule with a broken expression",
+        lambda: labels.by_rules([("(", "one")]),
+        "`rules`",
+        "invalid expression",
+        r"'\('",
+    ),
+    *(
+        case(
+            f"set_to_zero for a group with a Jacobian{suffix}",
+            lambda params=params: update(
+                jaxjd.partition({"a": jaxjd.mean(), "c": optax.set_to_zero()}, labels.by_network),
+                params=params,
+            ),
+            "'c' in group 'c'",
+            r"\(3, 3\)",
+            "needs an aggregator",
+        )
+        for suffix, params in (("", PARAMS), (", no params", None))
+    ),
+    case(
+        "identity for a group with a Jacobian",
+        lambda: update(
+            jaxjd.partition({"a": optax.identity(), "c": jaxjd.mean()}, labels.by_network)
+        ),
+        "'a/b' in group 'a'",
+        r"expected an update of shape \(2,\)",
+        r"found \(3, 2\)",
+    ),
+    case(
+        "a group's plain gradients for an aggregator",
+        lambda: update(
+            jaxjd.partition({"a": jaxjd.mean(), "c": jaxjd.mean()}, labels.by_network),
+            replaced(jnp.ones(3)),
+        ),
+        "leaf 'c'",
+        "no task axis",
+    ),
+]
+
+# Engines
+
+ENGINES = [
+    case(
+        "integer parameter",
+        lambda: engine(norms, {**PARAMS, "step": jnp.zeros((), int)}),
+        "leaf 'step'",
+        "floating point",
+        r"found int32\[\]",
+    ),
+    case(
+        "complex parameter",
+        lambda: engine(norms, {**PARAMS, "z": jnp.zeros(2, complex)}),
+        "leaf 'z'",
+        "real floating point",
+        r"found complex64\[2\]",
+    ),
+    case(
+        "parameter that is no array",
+        lambda: jaxjd.value_and_jacobian(norms)({**PARAMS, "activation": jnp.tanh}),
+        "leaf 'activation'",
+        "floating point",
+    ),
+    case(
+        "integer loss",
+        lambda: engine(lambda p: {"fit": jnp.sum(p["c"]).astype(int), "size": jnp.sum(p["c"])}),
+        "Loss 'fit'",
+        "floating point",
+        r"found int32\[\]",
+    ),
+    case(
+        "complex loss",
+        lambda: engine(lambda p: jnp.sum(p["c"]).astype(complex)),
+        "Loss '<root>'",
+        r"found complex64\[\]",
+    ),
+    case("no losses", lambda: engine(lambda p: {}), "no losses"),
+    case("forgotten return", lambda: engine(lambda p: None), "no losses"),
+    case("empty vector of losses", lambda: engine(lambda p: jnp.zeros(0)), "no losses"),
+    case(
+        "auxiliary output without has_aux",
+        lambda: engine(lambda p: (norms(p), {"step": jnp.arange(2)})),
+        "Loss '1/step'",
+        "has_aux=True",
+    ),
+    case(
+        "argnums out of range",
+        lambda: engine(norms, argnums=1),
+        "`argnums` has 1",
+        "1 positional arguments",
+    ),
+    case(
+        "negative argnums out of range",
+        lambda: engine(norms, argnums=(0, -2)),
+        "`argnums` has -2",
+        "1 positional arguments",
+    ),
+    case("argnums that is no int", lambda: engine(norms, argnums=0.0), "`argnums`", "got 0.0"),
+    case("no argnums", lambda: engine(norms, argnums=()), "`argnums`"),
+    case(
+        "chunk_size of zero",
+        lambda: engine(norms, chunk_size=0),
+        "`chunk_size` must be >= 1",
+        "got 0",
+    ),
+    case(
+        "chunk_size that is no int",
+        lambda: engine(norms, chunk_size=1.5),
+        "`chunk_size` must be a static int",
+        "got float",
+    ),
+    case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
+    case(
+        "stack_tasks of another structure",
+        lambda: jaxjd.stack_tasks([jnp.ones(3)], {"a": 1.0}),
+        "start with the structure of the losses",
+        "'a'",
+    ),
+    case(
+        "stack_tasks of other shapes",
+        lambda: jaxjd.stack_tasks({"w": jnp.ones((4, 3))}, jnp.ones(2)),
+        "leaf 'w'",
+        r"starts with the losses' \(2,\)",
+        r"found \(4, 3\)",
+    ),
+    case(
+        "heads_params of another structure",
+        lambda: mtl({"one": head, "two": head}, {"one": 1.0}),
+        "`heads_params`",
+        "'two'",
+        r"found PyTreeDef\(\{'one': \*\}\)",
+    ),
+    case(
+        "heads_params in a list for a dict",
+        lambda: mtl({"one": head}, [1.0]),
+        "`heads_params`",
+        "expected .*'one'",
+        r"found PyTreeDef\(\[\*\]\)",
+    ),
+    case(
+        "no heads",
+        lambda: mtl([], []),
+        "`heads_fn` must be a function or a list, tuple or dict",
+        r"got \[\]",
+    ),
+    case(
+        "heads that are no functions", lambda: mtl([1.0], [1.0]), "`heads_fn` must be", "got .1.0"
+    ),
+    case(
+        "head with a vector loss",
+        lambda: mtl([head, lambda v, f: v * f], [1.0, 1.0]),
+        "Head 1",
+        "scalar loss",
+        r"found float32\[2\]",
+    ),
+    case(
+        "head with an integer loss",
+        lambda: mtl([lambda v, f: jnp.zeros((), int)], [1.0]),
+        "Head 0",
+        "floating point scalar",
+        r"found int32\[\]",
+    ),
+    case(
+        "one function of the heads without losses",
+        lambda: mtl(lambda v, f: [], 1.0),
+        "no losses",
+    ),
+    case(
+        "integer parameter of a head",
+        lambda: mtl([head], [{"v": jnp.ones(2), "step": jnp.zeros((), int)}]),
+        "leaf '0/step'",
+        r"found int32\[\]",
+    ),
+    case(
+        "integer parameter of a trunk",
+        lambda: mtl([head], [1.0], {"w": jnp.ones(2), "step": jnp.zeros((), int)}),
+        "leaf 'step'",
+        r"found int32\[\]",
+    ),
+    case(
+        "chunk_size of zero for heads",
+        lambda: mtl([head], [1.0], chunk_size=0),
+        "`chunk_size`",
+        "got 0",
+    ),
+]
+
+SOLVERS = [
+    case(
+        "integers onto the simplex",
+        lambda: linalg.project_onto_simplex(jnp.arange(3)),
+        "`x` must be floating point",
+        r"got int32\[3\]",
+    ),
+    case(
+        "a scalar onto the simplex",
+        lambda: linalg.project_onto_simplex(jnp.asarray(1.0)),
+        r"shape \(..., m\)",
+        r"got float32\[\]",
+    ),
+    case(
+        "minimum norm of no square",
+        lambda: trace(linalg.min_norm_weights, jnp.ones((3, 2))),
+        "`G` must be a matrix",
+        r"got float32\[3,2\]",
+    ),
+    case(
+        "rows of another length onto the dual cone",
+        lambda: trace(linalg.project_onto_dual_cone, jnp.ones((4, 2)), EYE),
+        "`U` has 2 entries",
+        "3 tasks",
+    ),
+    case(
+        "a scalar onto the dual cone",
+        lambda: trace(linalg.project_onto_dual_cone, jnp.ones(()), EYE),
+        r"`U` must have shape \(..., m\)",
+        r"got float32\[\]",
+    ),
+]
+
+CASES = [
+    *JACOBIANS,
+    *FACTORIES,
+    *HYPERPARAMETERS,
+    *STATS,
+    *LABELS,
+    *ENGINES,
+    *SOLVERS,
+]
+
+
+@pytest.mark.parametrize("bad", CASES, ids=lambda bad: bad.name)
+def test_bad_input_is_a_value_error_at_trace_time(bad):
+    first, *others = bad.message
+    with pytest.raises(ValueError, match=first) as caught:
+        bad.run()
+    for message in others:
+        assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+def test_every_kind_of_bad_input_has_one_row():
+    names = [bad.name for bad in CASES]
+    assert len(set(names)) == len(names) > 100
+
+
+@pytest.mark.parametrize(
+    ("make", "parameter"),
+    [pytest.param(make, parameter, id=f"{n}-{parameter}") for n, make, parameter in SCALARS],
+)
+def test_traced_hyperparameters_pass_unchecked(make, parameter):
+    """Their values are not known while tracing: a sweep by vmap, or optax.inject_hyperparams."""
+    made = []
+    trace(lambda value: made.append(make(**{parameter: value})), -1.0)
+    assert len(made) == 1
+
+
+# Numbers that are not finite: they propagate, nothing hangs and nothing raises.
+
+FINITE = jax.tree.map(
+    lambda leaf: leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), JACOBIAN
+)
+READS_NO_GRADIENT = {"constant", "mean", "random", "sum", "excess_mtl"}
+
+
+@pytest.mark.parametrize("method", NAMED, ids=by_name)
+def test_what_is_not_finite_propagates(method):
+    aggregator = method.aggregator(3)
+
+    @jax.jit
+    def run(jacobian):
+        state = aggregator.init(PARAMS)
+        return aggregator.update(jacobian, state, PARAMS, **method.extra_args(jacobian))[0]
+
+    chex.assert_tree_all_finite(run(FINITE))
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        update = run({**FINITE, "c": FINITE["c"].at[1, 2].set(bad)})
+        assert not np.isfinite(update["c"][2])
+        if method.name in READS_NO_GRADIENT:
+            # One entry is bad, and the weights, which do not depend on it, keep it there.
+            chex.assert_tree_all_finite((update["a"], update["c"][:2]))
+        else:
+            # The weights are not numbers any more, so nothing of the update is.
+            assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(update))
+    # The next call is not affected by the last one.
+    chex.assert_tree_all_finite(run(FINITE))
