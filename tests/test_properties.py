@@ -65,7 +65,7 @@ FUNCTIONS = {case.function: case for case in CASES.values()}
 
 
 # The width of all Jacobians with so many rows.
-SHAPES = {1: 2, 4: 8, 9: 36, 20: 100}
+SHAPES = {1: 2, 2: 8, 4: 16, 9: 36, 20: 100, 32: 128}
 BATCH = 32
 
 
@@ -100,8 +100,8 @@ class Results(NamedTuple):
 
 
 @functools.cache
-def compiled(function: str):
-    """A batch of sequences of calls; returns the weights and the update of the last ones."""
+def compiled(function: str, batched: bool = True):
+    """A sequence of calls, or a batch of them; returns the last weights and the last update."""
     _, row, make, _ = FUNCTIONS[function]
 
     def run(jacobians, arguments):
@@ -116,7 +116,7 @@ def compiled(function: str):
         _, calls = lax.scan(call, state, jacobians)
         return jax.tree.map(lambda leaf: leaf[-1], calls)
 
-    return jax.jit(jax.vmap(run, in_axes=(0, None)))
+    return jax.jit(jax.vmap(run, in_axes=(0, None)) if batched else run)
 
 
 def padded(J: np.ndarray) -> np.ndarray:
@@ -124,12 +124,13 @@ def padded(J: np.ndarray) -> np.ndarray:
     return np.pad(J, ((0, 0), (0, SHAPES[J.shape[0]] - J.shape[1])))
 
 
-def evaluate(name: str, jacobians, *, dtype=np.float32, order=None) -> Results:
+def evaluate(name: str, jacobians, *, dtype=np.float32, order=None, batched=True) -> Results:
     """Runs a method on many Jacobians of one row count, with the rows in the given order.
 
     A method with a state per task is called twice, first with the rows scaled by other factors.
     """
     function, row, _, arguments = CASES[name]
+    run = compiled(function, batched)
     J = np.stack([padded(jacobian) for jacobian in jacobians]).astype(dtype)
     count, m, _ = J.shape
     calls = J[:, None]
@@ -138,14 +139,16 @@ def evaluate(name: str, jacobians, *, dtype=np.float32, order=None) -> Results:
         calls = np.stack([J * factors[:, None], J], axis=1)
     if order is not None:
         J, calls = J[:, order], calls[:, :, order]
-    calls = np.concatenate([calls, np.repeat(calls[-1:], -count % BATCH, axis=0)])
     arguments = {key: np.asarray(value, dtype) for key, value in arguments.items()}
-    chunks = []
-    for start in range(0, len(calls), BATCH):
-        weights, update = compiled(function)(calls[start : start + BATCH], arguments)
-        assert weights.dtype == update.dtype == dtype
-        chunks.append((np.asarray(weights), np.asarray(update)))
-    weights, update = (np.concatenate(leaves)[:count] for leaves in zip(*chunks, strict=True))
+    if batched:
+        calls = np.concatenate([calls, np.repeat(calls[-1:], -count % BATCH, axis=0)])
+        parts = [run(chunk, arguments) for chunk in np.split(calls, len(calls) // BATCH)]
+        weights, update = (np.concatenate(leaves) for leaves in zip(*parts, strict=True))
+    else:
+        parts = [run(call, arguments) for call in calls]
+        weights, update = (np.stack(leaves) for leaves in zip(*parts, strict=True))
+    weights, update = weights[:count], update[:count]
+    assert weights.dtype == update.dtype == dtype
     assert weights.shape == J.shape[:2]
     assert update.shape == (count, J.shape[2])
     return Results(*(leaf.astype(np.float64) for leaf in (J, weights, update)))
@@ -169,3 +172,299 @@ def generic(m: int, count: int, seed: int) -> list[np.ndarray]:
     """Normal Jacobians with rows scaled by 10^U(-1, 1), as far from degenerate as that goes."""
     rng = np.random.default_rng(seed)
     return [matrices.badly_scaled(rng, m, SHAPES[m], 1.0) for _ in range(count)]
+
+
+QUADRATIC = ["cagrad(0)", "cagrad(0.5)", "cagrad(1)", "cagrad(2)", "dualproj", "mgda", "upgrad"]
+"""Methods that solve a quadratic program; their error does not depend on its condition."""
+
+CONTINUOUS = [name for name in CASES if name != "sdmgrad(10)"]
+"""With SDMGrad's own learning rate, each inner step is close to a step function of its input."""
+
+# How far rounding of generic Jacobians moves the update, relative to `terms`. A small eigenvalue
+# of the Gramian costs Aligned-MTL and IMTL-G digits; MoDo and SDMGrad amplify in their steps.
+TOLERANCES = {
+    "aligned_mtl(min)": 1e-3,
+    "aligned_mtl(median)": 1e-3,
+    "aligned_mtl(rmse)": 1e-3,
+    "imtl_g": 1e-4,
+    "modo": 1e-5,
+    "sdmgrad(0.5)": 1e-5,
+}
+
+
+def assert_close(name: str, a: np.ndarray, b: np.ndarray, results: Results) -> None:
+    difference = np.linalg.norm(a - b, axis=1)
+    assert (difference <= TOLERANCES.get(name, 2e-6) * results.terms).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_update_is_finite(name):
+    for jacobians in EVERYTHING.values():
+        results = evaluate(name, jacobians)
+        assert np.isfinite(results.weights).all()
+        assert np.isfinite(results.update).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_zero_jacobian_gives_a_zero_update(name):
+    for J in FAMILIES["zero"]:
+        assert not evaluate(name, [J]).update.any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_single_row(name):
+    results = evaluate(name, [np.array([[3.0, -4.0]]), np.array([[1e-9, 0.0]])])
+    factor = 1 + CASES[name].arguments.get("c", 0)  # CAGrad goes to the border of its ball.
+    np.testing.assert_allclose(results.weights, factor, rtol=1e-6)
+    np.testing.assert_allclose(results.update, factor * results.J[:, 0], rtol=1e-6)
+
+
+# --- No conflict -------------------------------------------------------------------------------
+
+NON_CONFLICTING = [name for name, case in CASES.items() if case.row.non_conflicting]
+
+
+@pytest.mark.parametrize("name", NON_CONFLICTING)
+def test_no_row_conflicts_by_more_than_rounding(name):
+    # This bound is what rounding the Gramian and the weights to float32 costs: some ulps of the
+    # terms, however short the update itself is.
+    for jacobians in EVERYTHING.values():
+        results = evaluate(name, jacobians)
+        assert (results.improvements >= -2e-6 * results.terms[:, None]).all()
+
+
+@pytest.mark.parametrize("name", NON_CONFLICTING)
+def test_cosines_are_non_negative_where_all_rows_can_improve(name):
+    results = evaluate(name, FAMILIES["free"])
+    assert (results.norm > 1e-2 * results.terms).all()
+    assert (results.cosines >= -1e-6).all()
+
+
+@pytest.mark.parametrize("m", [2, 4, 9, 20, 32])
+def test_rows_of_very_different_lengths(m):
+    """Rows scaled by 10^U(-3, 3): no conflict, and MGDA's bound on the improvements."""
+    rng = np.random.default_rng(m)
+    count = (400 if m < 10 else 100) // BATCH * BATCH
+    for n in (4 * m, 2 * m, m, max(1, m // 2)):
+        jacobians = [matrices.badly_scaled(rng, m, n) for _ in range(count)]
+        # With fewer columns than tasks, many of the exact updates are zero. With as many, some are
+        # so short that rounding shows. Otherwise the promise holds without exception.
+        strict = n >= 2 * m
+        measured = []
+        for name in ("upgrad", "dualproj"):
+            results = evaluate(name, jacobians)
+            assert np.isfinite(results.update).all()
+            relative = results.improvements / results.terms[:, None]
+            assert (relative >= -2e-6).all()
+            signal = results.norm > 1e-5 * results.terms
+            cosines = results.cosines.min(axis=1)[signal]
+            if strict:
+                assert signal.all()
+                assert (cosines >= -1e-6).all()
+            measured.append(
+                f"{name}: worst cosine {cosines.min():.1e}, below -1e-6 in "
+                f"{np.sum(cosines < -1e-6)} of {len(cosines)}, worst improvement relative to the "
+                f"terms {relative.min():.1e}"
+            )
+        results = evaluate("mgda", jacobians)
+        assert np.isfinite(results.update).all()
+        assert (results.improvements >= -2e-6 * results.terms[:, None]).all()
+        applies = results.norm**2 > 1e-5 * results.lengths.min(axis=1) ** 2
+        products = (results.improvements * results.lengths).min(axis=1)[applies]
+        shortfall = 1 - products / results.norm[applies] ** 2
+        if strict:
+            assert applies.all()
+            assert (shortfall <= 1e-4).all()
+        measured.append(
+            f"mgda: shortfall {shortfall.max():.1e}, above 1e-4 in {np.sum(shortfall > 1e-4)} of "
+            f"{len(shortfall)}"
+        )
+        print(f"m={m}, n={n}:", "; ".join(measured))
+
+
+# --- Scale and order ---------------------------------------------------------------------------
+
+HOMOGENEOUS = [name for name, case in CASES.items() if case.row.homogeneous]
+
+
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_powers_of_two_scale_every_update_exactly(name):
+    # Scaling by a power of two rounds nothing, so A(cJ) = c A(J) must hold bit for bit: whatever is
+    # absolute in a method shows here. These are 1e-10, 8e-3, 2 and 1e10.
+    within_range = [J for key, J in DEGENERATE.items() if key not in ("tiny_row", "huge_row")]
+    for jacobians in by_rows([*TYPICAL, *within_range]).values():
+        expected = evaluate(name, jacobians).update
+        for exponent in (-33, -7, 1, 33):
+            scaled = evaluate(name, [J * 2.0**exponent for J in jacobians]).update
+            np.testing.assert_array_equal(scaled, expected * 2.0**exponent)
+
+
+@pytest.mark.parametrize("name", [name for name in HOMOGENEOUS if name in CONTINUOUS])
+def test_updates_scale_with_the_jacobian(name):
+    jacobians = generic(9, BATCH, seed=0)
+    results = evaluate(name, jacobians)
+    for scale in (1e-10, 1e-5, 1e5, 1e10):
+        scaled = evaluate(name, [scale * J for J in jacobians])
+        assert_close(name, scaled.update / scale, results.update, results)
+
+
+EQUIVARIANT = [
+    name for name in CONTINUOUS if CASES[name].row.equivariant and not CASES[name].row.random
+]
+
+
+@pytest.mark.parametrize("name", EQUIVARIANT)
+def test_the_order_of_the_tasks_does_not_matter(name):
+    rng = np.random.default_rng(13)
+    jacobians = [*TYPICAL, *generic(4, 20, 1), *generic(9, 20, 2), *generic(20, 20, 3)]
+    if name in QUADRATIC:  # Others decide on a rank, which is not continuous.
+        jacobians += DEGENERATE.values()
+    for m, group in by_rows(jacobians).items():
+        results = evaluate(name, group)
+        for order in (np.arange(m)[::-1], rng.permutation(m)):
+            permuted = evaluate(name, group, order=order)
+            assert_close(name, permuted.update, results.update, results)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
+def test_the_order_of_the_tasks_does_not_matter_but_for_that_of_the_projections(method):
+    rng = np.random.default_rng(14)
+    m = 5
+    target = rng.uniform(-0.5, 0.5, (m, m))
+    if method == "pcgrad":
+        weights = lambda G, target, orders: (project_conflicts(G, orders), target)
+    else:
+        weights = lambda G, target, orders: vaccinate(G, target, orders, 0.5, 1e-8)
+    weights = jax.jit(weights)
+    with jax.enable_x64(True):
+        for J in [rng.standard_normal((m, 4)) for _ in range(5)]:
+            G = J @ J.T
+            orders = np.stack([rng.permutation(m) for _ in range(m)])
+            order = rng.permutation(m)
+            rank = np.argsort(order)
+            w, next_target = weights(G, target, orders)
+            permuted, permuted_target = weights(
+                G[np.ix_(order, order)], target[np.ix_(order, order)], rank[orders[order]]
+            )
+            np.testing.assert_allclose(permuted, np.asarray(w)[order], rtol=1e-10)
+            np.testing.assert_allclose(
+                permuted_target, np.asarray(next_target)[np.ix_(order, order)], rtol=1e-10
+            )
+
+
+@pytest.mark.parametrize("name", ["upgrad", "mean", "sum"])
+def test_linear_under_scaling_of_the_rows(name):
+    rng = np.random.default_rng(15)
+    J = np.stack([padded(J) for J in [*generic(9, 20, 4), *FAMILIES["normal"][-2:]]])
+    for _ in range(5):
+        c_1, c_2 = rng.uniform(0, 1, (2, 9, 1))
+        a, b = rng.uniform(0, 1, 2)
+        mixed, first, second = (evaluate(name, c * J) for c in (a * c_1 + b * c_2, c_1, c_2))
+        difference = np.linalg.norm(mixed.update - a * first.update - b * second.update, axis=1)
+        assert (difference <= 1e-5 * mixed.terms).all()
+
+
+def test_constant_weights_are_linear():
+    update = jax.jit(W.constant([0.1, -2.0, 3.0]).update)
+    for G in (np.eye(3), np.zeros((3, 3)), np.full((3, 3), 1e30)):
+        weights, _ = update(jnp.asarray(G, jnp.float32), ())
+        np.testing.assert_allclose(weights, [0.1, -2.0, 3.0], rtol=1e-7)
+
+
+# --- Stationarity ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mean", "sum", "random"])
+@pytest.mark.parametrize("family", ["weak", "free"])
+def test_updates_vanish_only_at_strongly_stationary_points(name, family):
+    results = evaluate(name, FAMILIES[family])
+    assert (results.norm > 2e-2 * results.lengths.max(axis=1)).all()
+
+
+@pytest.mark.parametrize("name", ["mgda", "cagrad(0.5)", "cagrad(1)", "cagrad(2)", "imtl_g"])
+def test_updates_vanish_only_at_stationary_points(name):
+    results = evaluate(name, FAMILIES["free"])
+    assert (results.norm > 1e-2 * results.lengths.max(axis=1)).all()
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "cagrad(1)", "cagrad(2)"])
+def test_updates_vanish_at_strongly_stationary_points(name):
+    results = evaluate(name, FAMILIES["strong"])
+    assert (results.norm <= 1e-5 * results.terms).all()
+
+
+def test_mgda_vanishes_at_weakly_stationary_points():
+    results = evaluate("mgda", FAMILIES["weak"])
+    assert (results.norm <= 1e-5 * results.terms).all()
+
+
+# --- What the optimum satisfies ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
+def test_cagrad_closes_the_duality_gap(c):
+    # For d in the ball and w on the simplex, min_i <g_i, d> <= <g_0, g_w> + c |g_0| |g_w|.
+    for jacobians in ([*generic(9, 24, 5), *FAMILIES["normal"][-2:]], FAMILIES["free"]):
+        results = evaluate(f"cagrad({c:g})", jacobians)
+        mean = results.J.mean(axis=1)
+        radius = c * np.linalg.norm(mean, axis=1)
+        scale = radius * np.linalg.norm(mean, axis=1)
+        distance = np.linalg.norm(results.update - mean, axis=1)
+        assert (distance <= radius * (1 + 1e-4)).all()
+        w = np.maximum(results.weights - 1 / results.J.shape[1], 0)
+        w /= w.sum(axis=1, keepdims=True)
+        g_w = np.einsum("km,kmn->kn", w, results.J)
+        lower = np.einsum("kmn,kn->km", results.J, results.update).min(axis=1)
+        upper = np.sum(mean * g_w, axis=1) + radius * np.linalg.norm(g_w, axis=1)
+        assert (np.abs(upper - lower) <= 1e-4 * scale).all()
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "cagrad(0.5)"])
+def test_equal_rows_count_as_one(name):
+    rng = np.random.default_rng(16)
+    rows = rng.standard_normal((2, 8))
+    results = evaluate(name, [rows[[0, 1, 1, 0]], rows[[0, 0, 1, 1]], rows[[1, 0, 1, 0]]])
+    np.testing.assert_allclose(results.update[1:], results.update[[0, 0]], rtol=1e-5, atol=1e-6)
+
+
+# --- Numbers -----------------------------------------------------------------------------------
+
+# Random draws depend on the dtype.
+SAME_IN_FLOAT64 = [name for name in CONTINUOUS if not CASES[name].row.random]
+
+
+@pytest.mark.parametrize("name", SAME_IN_FLOAT64)
+def test_float32_agrees_with_float64(name):
+    results = evaluate(name, generic(9, BATCH, seed=6))
+    with jax.enable_x64(True):
+        exact = evaluate(name, results.J, dtype=np.float64)
+    assert_close(name, results.update, exact.update, results)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_vmap_is_a_loop(name):
+    jacobians = generic(4, 10, 7)
+    if name in QUADRATIC:
+        jacobians += DEGENERATE.values()
+    results = evaluate(name, jacobians)
+    looped = evaluate(name, jacobians, batched=False)
+    assert_close(name, results.update, looped.update, results)
+
+
+small_integers = st.lists(
+    st.lists(st.integers(-2, 2), min_size=3, max_size=3), min_size=4, max_size=4
+)
+"""Four rows in three dimensions: zero, equal, opposite and dependent rows come up all the time."""
+
+
+@pytest.mark.parametrize("name", CASES)
+@hypothesis.settings(deterministic)
+@hypothesis.given(rows=small_integers)
+def test_rows_of_small_integers(name, rows):
+    results = evaluate(name, [np.array(rows, float)])
+    assert np.isfinite(results.weights).all()
+    if CASES[name].row.non_conflicting:
+        assert (results.improvements >= -2e-6 * results.terms[:, None]).all()
+    if CASES[name].row.homogeneous:
+        scaled = evaluate(name, [np.array(rows) * 2.0**20])
+        np.testing.assert_array_equal(scaled.update, results.update * 2.0**20)

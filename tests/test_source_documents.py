@@ -275,13 +275,13 @@ def test_sdmgrad_uses_three_independent_batches_a_step():
 
 def test_sdmgrad_starts_from_the_weights_of_the_call_before():
     """With short inner steps, whose result is not a corner of the simplex."""
-    weighting = weightings.sdmgrad(lr=0.05, n_iter=7)
+    weighting = weightings.sdmgrad(lr=0.003, n_iter=5)
     first, second = (example_jacobian(MLP, INPUTS[k], TARGETS[k])[1] for k in range(2))
     A = jaxjd.cross_gramian(first, second)
     state, w = weighting.init(16, MLP), np.full(16, 1 / 16)
     for _ in range(2):
         weights, state = jax.jit(weighting.update)(A, state)
-        expected, w = sdmgrad_by_hand(np.asarray(A, np.float64), w, lr=0.05, n_iter=7)
+        expected, w = sdmgrad_by_hand(np.asarray(A, np.float64), w, lr=0.003, n_iter=5)
         assert np.sum(w > 0) > 2
         np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(state.weights, w, rtol=1e-4, atol=1e-6)
