@@ -19,6 +19,39 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "<root>"
 
 
+def leaf_names(tree: Any) -> list[tuple[str, ...]]:
+    """Returns the names along every leaf's key path, without those of flax's wrappers.
+
+    An optimizer of nnx is initialized with variables and updated with their values: both must have
+    the same names.
+    """
+    wrappers = {
+        path
+        for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_wrapper)
+        if _is_wrapper(node)
+    }
+    names = []
+    for path, _ in jax.tree.leaves_with_path(tree):
+        kept = [key for place, key in enumerate(path) if path[:place] not in wrappers]
+        names.append(tuple(_key_name(key) for key in kept))
+    return names
+
+
+def _is_wrapper(node: Any) -> bool:
+    # By name: flax is not imported here.
+    return any(
+        base.__module__.startswith("flax.") and base.__name__ in ("Variable", "AxisMetadata")
+        for base in type(node).__mro__
+    )
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
 def type_name(value: Any) -> str:
     """Returns ``float32[2,3]`` for arrays and the type's name for anything else."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -81,16 +114,21 @@ def check_static_int(name: str, value: Any, *, at_least: int) -> int:
     return int(value)
 
 
-def check_vector(name: str, value: Any) -> None:
-    """Checks that a hyper-parameter is one-dimensional.
+def as_vector(name: str, value: Any) -> jax.Array:
+    """Returns a hyper-parameter with one real number per task as a one-dimensional array.
 
     Raises:
-      ValueError: If it is not.
+      ValueError: If it is anything else.
     """
-    if jnp.ndim(value) != 1:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a vector of numbers, got {value!r}.") from error
+    if array.ndim != 1:
         raise ValueError(
-            f"`{name}` must be a vector with one entry per task, got shape {jnp.shape(value)}."
+            f"`{name}` must be a vector with one entry per task, got shape {array.shape}."
         )
+    return array
 
 
 def check_square(name: str, value: Any) -> int:

@@ -65,7 +65,7 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
       >>> print(jnp.round(updates["encoder"]["w"], 4), updates["decoder"]["w"])
       [0.2924 1.9006 1.9006] [2. 2. 2.]
     """
-    if not aggregators:
+    if not isinstance(aggregators, Mapping) or not aggregators:
         raise ValueError("`aggregators` must map at least one label to an aggregator.")
     for label, transform in aggregators.items():
         if not isinstance(transform, optax.GradientTransformation):

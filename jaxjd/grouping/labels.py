@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from jaxjd.base import PyTree
-from jaxjd.checks import type_name
+from jaxjd.checks import leaf_names, type_name
 
 __all__ = ["by_layer", "by_network", "by_rules", "by_tensor", "together"]
 
@@ -199,39 +199,6 @@ def resolve(labels: Any, params: PyTree) -> list[str]:
         for names in wanted.keys() - used:
             raise ValueError(f"The label of '{'/'.join(names)}' belongs to no parameter leaf.")
     return result
-
-
-def leaf_names(tree: PyTree) -> list[tuple[str, ...]]:
-    """Returns the names along every leaf's key path, without those of flax's wrappers.
-
-    An optimizer of nnx is initialized with variables and updated with their values: both must have
-    the same names.
-    """
-    wrappers = {
-        path
-        for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_wrapper)
-        if _is_wrapper(node)
-    }
-    names = []
-    for path, _ in jax.tree.leaves_with_path(tree):
-        kept = [key for place, key in enumerate(path) if path[:place] not in wrappers]
-        names.append(tuple(_key_name(key) for key in kept))
-    return names
-
-
-def _is_wrapper(node: Any) -> bool:
-    # By name: flax is not imported here.
-    return any(
-        base.__module__.startswith("flax.") and base.__name__ in ("Variable", "AxisMetadata")
-        for base in type(node).__mro__
-    )
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def _join(names: tuple[str, ...]) -> str:

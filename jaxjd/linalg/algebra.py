@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
-from jaxjd.checks import check_length, path_name, type_name
+from jaxjd.checks import check_length, leaf_names, path_name, type_name
 
 # Signs of small inner products carry the conflict: TF32 and bfloat16 products would destroy them.
 _PRECISION = lax.Precision.HIGHEST
@@ -62,17 +62,26 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
                 f"'{first[0]}', found shape {leaf.shape}. Is it a gradient without a task axis?"
             )
     if params is not None and first is not None:
-        _check_against_params(leaves, params)
+        _check_against_params(leaves, jacobian, params)
     return None if first is None else first[1]
 
 
-def _check_against_params(leaves: Sequence[tuple[Any, Any]], params: PyTree) -> None:
+def _check_against_params(
+    leaves: Sequence[tuple[Any, Any]], jacobian: Jacobian, params: PyTree
+) -> None:
     params_leaves = jax.tree.leaves(params)
     if len(params_leaves) != len(leaves):
         raise ValueError(
             f"The Jacobian has {len(leaves)} leaves, but the parameters have {len(params_leaves)}."
         )
-    for (path, leaf), param in zip(leaves, params_leaves, strict=True):
+    for (path, leaf), name, param_name, param in zip(
+        leaves, leaf_names(jacobian), leaf_names(params), params_leaves, strict=True
+    ):
+        if name != param_name:
+            raise ValueError(
+                f"Jacobian leaf '{'/'.join(name)}': expected the structure of the parameters, "
+                f"which have the leaf '{'/'.join(param_name)}' in its place."
+            )
         if leaf.shape[1:] != jnp.shape(param):
             raise ValueError(
                 f"Jacobian leaf '{path_name(path)}': expected shape (m, *{jnp.shape(param)}) for "

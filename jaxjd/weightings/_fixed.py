@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Weighting, stateless
-from jaxjd.checks import check_length, check_square, check_vector
+from jaxjd.checks import as_vector, check_length, check_square
 
 
 def mean() -> Weighting:
@@ -80,8 +80,7 @@ def constant(weights: jax.typing.ArrayLike) -> Weighting:
       >>> print(weighting.update(jnp.eye(2), weighting.init(2))[0])
       [1. 2.]
     """
-    weights = jnp.asarray(weights)
-    check_vector("weights", weights)
+    weights = as_vector("weights", weights)
 
     def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         check_length("weights", weights.shape[0], check_square("gramian", stat))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxjd.checks import check_length, check_vector
+from jaxjd.checks import as_vector, check_length
 
 
 def check_preference(pref_vector: jax.typing.ArrayLike | None) -> jax.Array | None:
@@ -14,11 +14,7 @@ def check_preference(pref_vector: jax.typing.ArrayLike | None) -> jax.Array | No
     Raises:
       ValueError: If it is not one-dimensional.
     """
-    if pref_vector is None:
-        return None
-    pref_vector = jnp.asarray(pref_vector)
-    check_vector("pref_vector", pref_vector)
-    return pref_vector
+    return None if pref_vector is None else as_vector("pref_vector", pref_vector)
 
 
 def preference(pref_vector: jax.Array | None, num_tasks: int, dtype: jnp.dtype) -> jax.Array:

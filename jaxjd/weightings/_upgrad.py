@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_square
-from jaxjd.linalg.dual_cone import DualConeProjector, exact_projector
+from jaxjd.linalg.dual_cone import DualConeProjector, exact_projector, regularized_projector
 from jaxjd.weightings._preference import check_preference, preference
 
 
@@ -35,7 +35,8 @@ def upgrad(
       A `Weighting`.
 
     Raises:
-      ValueError: If `pref_vector` is not a vector, or, in `update`, has not one entry per task.
+      ValueError: If `pref_vector` is not a vector or `projector` no function; in `update`, if
+        `pref_vector` has not one entry per task.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -45,7 +46,7 @@ def upgrad(
       [1.1111 0.7895]
     """
     pref_vector = check_preference(pref_vector)
-    project = exact_projector() if projector is None else projector
+    project = _projector(projector)
 
     def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         m = check_square("gramian", stat)
@@ -75,7 +76,8 @@ def dualproj(
       A `Weighting`.
 
     Raises:
-      ValueError: If `pref_vector` is not a vector, or, in `update`, has not one entry per task.
+      ValueError: If `pref_vector` is not a vector or `projector` no function; in `update`, if
+        `pref_vector` has not one entry per task.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -85,10 +87,21 @@ def dualproj(
       [0.6111 0.5   ]
     """
     pref_vector = check_preference(pref_vector)
-    project = exact_projector() if projector is None else projector
+    project = _projector(projector)
 
     def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         m = check_square("gramian", stat)
         return project(preference(pref_vector, m, stat.dtype), stat), state
 
     return Weighting(stateless, update)
+
+
+def _projector(projector: DualConeProjector | None) -> DualConeProjector:
+    if projector is None:
+        return exact_projector()
+    if not callable(projector) or projector in (exact_projector, regularized_projector):
+        raise ValueError(
+            "`projector` must be a function of (U, G), as `jaxjd.linalg.exact_projector()` returns "
+            f"one, got {projector!r}."
+        )
+    return projector
