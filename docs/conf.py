@@ -6,7 +6,6 @@ import os
 import pathlib
 import pkgutil
 import shutil
-import sys
 
 from docutils import nodes
 from sphinx.util import logging
@@ -49,9 +48,6 @@ html_theme = "sphinx_book_theme"
 html_title = "jaxjd"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_static_path: list[str] = []
-
-# autodoc imports what it documents by name, and `labels` is defined deeper in the package.
-sys.modules["jaxjd.labels"] = jaxjd.labels
 
 templates_path = ["_templates"]
 default_role = "py:obj"

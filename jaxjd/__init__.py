@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from jaxjd import labels as labels
 from jaxjd import linalg as linalg
 from jaxjd import weightings as weightings
 from jaxjd.aggregators import aligned_mtl as aligned_mtl
@@ -32,7 +33,6 @@ from jaxjd.base import Weighting as Weighting
 from jaxjd.grouping import GroupedState as GroupedState
 from jaxjd.grouping import PartitionState as PartitionState
 from jaxjd.grouping import grouped as grouped
-from jaxjd.grouping import labels as labels
 from jaxjd.grouping import partition as partition
 from jaxjd.linalg import combine as combine
 from jaxjd.linalg import cross_gramian as cross_gramian

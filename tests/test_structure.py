@@ -25,6 +25,7 @@ BELOW = {
     "aggregators": {"weightings", "linalg", "base", "checks"},
     "grouping": {"aggregators", "weightings", "linalg", "base", "checks"},
     "autodiff": {"linalg", "base", "checks"},
+    "labels": {"grouping"},
     "demo": {"<public>"},
 }
 CORE_IMPORTS = {"jax", "optax", "jaxjd"} | set(sys.stdlib_module_names)
