@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jaxjd
+from tests import jaxprs
 from tests.registry import NAMED, by_name
 
 PARAMS = {
@@ -42,21 +43,7 @@ def stacked(losses):
 
 def primitives(fn, *args):
     """Counts the primitives of a function's jaxpr, the inner ones too."""
-    counts = collections.Counter()
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            counts[equation.primitive.name] += 1
-            for inner in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")
-            ):
-                if hasattr(inner, "jaxpr"):
-                    visit(inner.jaxpr)
-                elif hasattr(inner, "eqns"):
-                    visit(inner)
-
-    visit(jax.make_jaxpr(fn)(*args).jaxpr)
-    return counts
+    return collections.Counter(e.primitive.name for e in jaxprs.equations(fn, *args))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

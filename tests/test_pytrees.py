@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import jaxjd
 from jaxjd import labels, weightings
+from tests import jaxprs
 from tests.registry import NAMED, WEIGHTINGS, by_name
 
 M = 3
@@ -277,22 +278,7 @@ def test_small_inner_products_survive_in_bfloat16():
 
 def dots(fn, *args):
     """All `dot_general` equations of a function's jaxpr, the inner ones too."""
-    found = []
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                found.append(equation)
-            for inner in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")
-            ):
-                if hasattr(inner, "jaxpr"):
-                    visit(inner.jaxpr)
-                elif hasattr(inner, "eqns"):
-                    visit(inner)
-
-    visit(jax.make_jaxpr(fn)(*args).jaxpr)
-    return found
+    return [e for e in jaxprs.equations(fn, *args) if e.primitive.name == "dot_general"]
 
 
 def check_precision(equations):
