@@ -178,25 +178,24 @@ def test_simplex_is_idempotent_and_batched():
 
 def test_chunks_change_nothing(monkeypatch):
     rng = np.random.default_rng(3)
-    matrix, direction = rng.standard_normal((2, 5, 6))
     with jax.enable_x64():
+        rows = jnp.asarray(rng.standard_normal((5, 6)))
         U = jnp.asarray(rng.uniform(0, 1, (7, 5)))
 
-        def value_and_derivatives(rows, direction):
-            def weights(rows):
-                return linalg.project_onto_dual_cone(U, rows @ rows.T)
+        def value_and_gradient(rows):
+            def loss(rows):
+                weights = linalg.project_onto_dual_cone(U, rows @ rows.T)
+                return jnp.sum(weights**2), weights
 
-            value, tangent = jax.jvp(weights, (rows,), (direction,))
-            return value, tangent, jax.grad(lambda rows: jnp.sum(weights(rows) ** 2))(rows)
+            return jax.value_and_grad(loss, has_aux=True)(rows)
 
-        arguments = (jnp.asarray(matrix), jnp.asarray(direction))
-        whole = jax.jit(value_and_derivatives).trace(*arguments)
+        whole = jax.jit(value_and_gradient).trace(rows)
         monkeypatch.setattr(qp, "_CHUNK_ELEMENTS", 2 * 25)
         # Another function object, so that nothing comes from a cache.
-        chunked = jax.jit(lambda *args: value_and_derivatives(*args)).trace(*arguments)
+        chunked = jax.jit(lambda rows: value_and_gradient(rows)).trace(rows)
         assert "scan" in str(chunked.jaxpr)
         assert "scan" not in str(whole.jaxpr)
-        whole, chunked = (traced.lower().compile()(*arguments) for traced in (whole, chunked))
+        whole, chunked = (traced.lower().compile()(rows) for traced in (whole, chunked))
         chex.assert_trees_all_close(chunked, whole, rtol=1e-10, atol=1e-12)
 
 
