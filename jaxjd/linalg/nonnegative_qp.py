@@ -105,6 +105,7 @@ def _tolerance(x: jax.Array, linear: jax.Array) -> jax.Array:
     return (16 * jnp.finfo(x.dtype).eps * scale)[:, None]
 
 
+@jax.jit  # So that calls outside of jit do not compile the loop anew.
 def _search(cosines: jax.Array, linear: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Finds the support of every row's solution; returns it with the solution found on it."""
     k, m = linear.shape

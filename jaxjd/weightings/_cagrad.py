@@ -64,6 +64,7 @@ def cagrad(c: float) -> Weighting:
     return Weighting(stateless, update)
 
 
+@jax.jit  # So that calls outside of jit do not compile the loop anew.
 def _best_worst_case(
     cosines: jax.Array,
     improvement: jax.Array,

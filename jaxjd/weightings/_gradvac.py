@@ -92,6 +92,7 @@ def gradvac(beta: float = 0.5, eps: float = 1e-8, key: jax.Array | int = 0) -> W
     return Weighting(init, update)
 
 
+@jax.jit  # So that calls outside of jit do not compile the loop anew.
 def vaccinate(
     gramian: jax.Array,
     target: jax.Array,

@@ -77,6 +77,7 @@ def pcgrad(key: jax.Array | int = 0) -> Weighting:
     return Weighting(init, update)
 
 
+@jax.jit  # So that calls outside of jit do not compile the loop anew.
 def project_conflicts(gramian: jax.Array, orders: jax.Array) -> jax.Array:
     """Returns PCGrad's weights for given orders.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -106,16 +107,37 @@ def sdmgrad(
         diagonal = jnp.maximum(jnp.diagonal(stat), 0)
         scale = jnp.mean(jnp.sqrt(diagonal))
         normalized = stat / jnp.where(scale > 0, scale, 1) / jnp.where(scale > 0, scale, 1)
-
-        def step(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            w, velocity = carry
-            velocity = momentum * velocity + matmul(normalized, w + lambda_ * preferred)
-            w = project_onto_simplex(w - lr * velocity)
-            return w.astype(dtype), velocity.astype(dtype)
-
-        start = (state.weights.astype(dtype), jnp.zeros((m,), dtype))
-        w, _ = lax.fori_loop(0, n_iter, step, start)
+        w = _descend(
+            normalized,
+            state.weights.astype(dtype),
+            (lambda_ * preferred).astype(dtype),
+            lr,
+            momentum,
+            n_iter,
+        )
         weights = (w + lambda_ * preferred) / (1 + lambda_)
         return weights.astype(dtype), SDMGradState(weights=w.astype(state.weights.dtype))
 
     return CrossGramianWeighting(init, update)
+
+
+@functools.partial(jax.jit, static_argnames="n_iter")
+def _descend(
+    matrix: jax.Array,
+    start: jax.Array,
+    pull: jax.Array,
+    lr: jax.Array | float,
+    momentum: jax.Array | float,
+    n_iter: int,
+) -> jax.Array:
+    """Takes the projected momentum steps from `start`."""
+    dtype = matrix.dtype
+
+    def step(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        w, velocity = carry
+        velocity = momentum * velocity + matmul(matrix, w + pull)
+        w = project_onto_simplex((w - lr * velocity).astype(dtype))
+        return w, velocity.astype(dtype)
+
+    w, _ = lax.fori_loop(0, n_iter, step, (start, jnp.zeros_like(start)))
+    return w
