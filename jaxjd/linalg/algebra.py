@@ -241,8 +241,7 @@ def _leaf_combination(weights: jax.Array, leaf: jax.Array) -> jax.Array:
     leaf = jnp.asarray(leaf)
     dtype = jnp.result_type(jnp.float32, weights.dtype, leaf.dtype)
     spec = None
-    if (mesh := _explicit_mesh(leaf)) is not None:
-        del mesh
+    if _explicit_mesh(leaf) is not None:
         spec = PartitionSpec(*jax.typeof(leaf).sharding.spec[1:])
     return lax.dot_general(
         weights.astype(dtype),
