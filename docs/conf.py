@@ -75,7 +75,7 @@ def check_coverage(app, env):
     """Warns about public names that no page documents; with -W the build then fails."""
     logger = logging.getLogger(__name__)
     documented = {id(_resolve(name)) for name in env.get_domain("py").objects}
-    for module in (jaxjd, jaxjd.labels, jaxjd.linalg, jaxjd.weightings):
+    for module in (jaxjd, jaxjd.labels, jaxjd.linalg, jaxjd.scalarizers, jaxjd.weightings):
         for name in module.__all__:
             value = getattr(module, name)
             if not inspect.ismodule(value) and id(value) not in documented:

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 
 from jaxjd import labels as labels
 from jaxjd import linalg as linalg
+from jaxjd import scalarizers as scalarizers
 from jaxjd import weightings as weightings
 from jaxjd.aggregators import aligned_mtl as aligned_mtl
 from jaxjd.aggregators import cagrad as cagrad
@@ -29,6 +30,7 @@ from jaxjd.base import Aggregator as Aggregator
 from jaxjd.base import AggregatorState as AggregatorState
 from jaxjd.base import CrossGramianWeighting as CrossGramianWeighting
 from jaxjd.base import JacobianWeighting as JacobianWeighting
+from jaxjd.base import Scalarizer as Scalarizer
 from jaxjd.base import Weighting as Weighting
 from jaxjd.grouping import GroupedState as GroupedState
 from jaxjd.grouping import PartitionState as PartitionState
@@ -51,6 +53,7 @@ __all__ = [
     "GroupedState",
     "JacobianWeighting",
     "PartitionState",
+    "Scalarizer",
     "Weighting",
     "aligned_mtl",
     "cagrad",
@@ -73,6 +76,7 @@ __all__ = [
     "partition",
     "pcgrad",
     "random",
+    "scalarizers",
     "sdmgrad",
     "stack_tasks",
     "sum",

@@ -1,4 +1,4 @@
-"""The vocabulary: weightings, aggregators, their states, and the types they share."""
+"""The vocabulary: weightings, scalarizers, aggregators, and the types they share."""
 
 from __future__ import annotations
 
@@ -93,6 +93,60 @@ class CrossGramianWeighting(Weighting):
     """
 
     __slots__ = ()
+
+
+class ScalarizerInit(Protocol):
+    """The type of `Scalarizer.init`."""
+
+    def __call__(self, num_tasks: Any = None) -> PyTree:
+        """Returns the initial state for `num_tasks` tasks."""
+        ...
+
+
+class ScalarizerApply(Protocol):
+    """The type of `Scalarizer.apply`."""
+
+    def __call__(self, losses: PyTree, state: PyTree) -> jax.Array:
+        """Returns the losses combined to one."""
+        ...
+
+
+class ScalarizerUpdate(Protocol):
+    """The type of `Scalarizer.update`."""
+
+    def __call__(self, losses: PyTree, state: PyTree, **extra_args: Any) -> PyTree:
+        """Returns the next state."""
+        ...
+
+
+class Scalarizer(NamedTuple):
+    """Three pure functions that combine the losses to one loss, without a Jacobian.
+
+    The losses are a pytree of real floating point arrays of any shapes; the tasks are their entries
+    in the order of the tree. What depends on the task, in the state or in a hyper-parameter, is a
+    vector in that order; a hyper-parameter may be laid out as the losses instead.
+
+    Attributes:
+      init: ``init(num_tasks) -> state``. `num_tasks` is a static int; a scalarizer whose state does
+        not depend on it accepts ``None``.
+      apply: ``apply(losses, state) -> loss``, a scalar in the dtype of the losses, at least
+        float32; this is what is differentiated. It leaves the state as it is.
+      update: ``update(losses, state, **extra_args) -> state``, once per training step. It returns
+        the state unchanged where no rule changes it. Unknown extra arguments are ignored.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> init, apply, update = jaxjd.scalarizers.mean()
+      >>> state = init(3)
+      >>> losses = {"left": jnp.array([1.0, 2.0]), "right": jnp.array(6.0)}
+      >>> print(apply(losses, state))
+      3.0
+      >>> state = update(losses, state)
+    """
+
+    init: ScalarizerInit
+    apply: ScalarizerApply
+    update: ScalarizerUpdate
 
 
 class Aggregator(_AggregatorBase):

@@ -22,6 +22,7 @@ BELOW = {
     "base": {"checks"},
     "linalg": {"base", "checks"},
     "weightings": {"linalg", "base", "checks"},
+    "scalarizers": {"linalg", "base", "checks"},
     "aggregators": {"weightings", "linalg", "base", "checks"},
     "grouping": {"aggregators", "weightings", "linalg", "base", "checks"},
     "autodiff": {"linalg", "base", "checks"},
@@ -99,7 +100,7 @@ def test_import_is_lean():
 
 def public_objects() -> list[tuple[str, object]]:
     found = []
-    for module in (jaxjd, jaxjd.linalg, jaxjd.weightings, jaxjd.labels):
+    for module in (jaxjd, jaxjd.linalg, jaxjd.weightings, jaxjd.scalarizers, jaxjd.labels):
         for name in module.__all__:
             value = getattr(module, name)
             if not isinstance(value, types.ModuleType):
