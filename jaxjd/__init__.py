@@ -7,20 +7,31 @@ from jaxjd import labels as labels
 from jaxjd import linalg as linalg
 from jaxjd import scalarizers as scalarizers
 from jaxjd import weightings as weightings
+from jaxjd.aggregators import GradDropState as GradDropState
+from jaxjd.aggregators import MomentumConflictFreeState as MomentumConflictFreeState
 from jaxjd.aggregators import aligned_mtl as aligned_mtl
 from jaxjd.aggregators import cagrad as cagrad
+from jaxjd.aggregators import conflict_free as conflict_free
 from jaxjd.aggregators import constant as constant
+from jaxjd.aggregators import db_mtl as db_mtl
 from jaxjd.aggregators import dualproj as dualproj
 from jaxjd.aggregators import excess_mtl as excess_mtl
+from jaxjd.aggregators import graddrop as graddrop
+from jaxjd.aggregators import gradnorm as gradnorm
 from jaxjd.aggregators import gradvac as gradvac
 from jaxjd.aggregators import imtl_g as imtl_g
+from jaxjd.aggregators import krum as krum
 from jaxjd.aggregators import mean as mean
 from jaxjd.aggregators import mgda as mgda
+from jaxjd.aggregators import moco as moco
 from jaxjd.aggregators import modo as modo
+from jaxjd.aggregators import momentum_conflict_free as momentum_conflict_free
 from jaxjd.aggregators import pcgrad as pcgrad
 from jaxjd.aggregators import random as random
 from jaxjd.aggregators import sdmgrad as sdmgrad
+from jaxjd.aggregators import stch as stch
 from jaxjd.aggregators import sum as sum  # noqa: A004
+from jaxjd.aggregators import trimmed_mean as trimmed_mean
 from jaxjd.aggregators import upgrad as upgrad
 from jaxjd.aggregators import weighted as weighted
 from jaxjd.autodiff import mtl_value_and_jacobian as mtl_value_and_jacobian
@@ -50,28 +61,37 @@ __all__ = [
     "Aggregator",
     "AggregatorState",
     "CrossGramianWeighting",
+    "GradDropState",
     "GroupedState",
     "JacobianWeighting",
+    "MomentumConflictFreeState",
     "PartitionState",
     "Scalarizer",
     "Weighting",
     "aligned_mtl",
     "cagrad",
     "combine",
+    "conflict_free",
     "constant",
     "cross_gramian",
+    "db_mtl",
     "dualproj",
     "excess_mtl",
+    "graddrop",
+    "gradnorm",
     "gradvac",
     "gramian",
     "grouped",
     "imtl_g",
+    "krum",
     "labels",
     "linalg",
     "materialize",
     "mean",
     "mgda",
+    "moco",
     "modo",
+    "momentum_conflict_free",
     "mtl_value_and_jacobian",
     "partition",
     "pcgrad",
@@ -79,7 +99,9 @@ __all__ = [
     "scalarizers",
     "sdmgrad",
     "stack_tasks",
+    "stch",
     "sum",
+    "trimmed_mean",
     "upgrad",
     "value_and_jacobian",
     "weighted",

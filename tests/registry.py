@@ -30,11 +30,14 @@ class Method:
       weighting: Makes the weighting with the hyper-parameters of the test, or None.
       aggregator: Makes the aggregator for `num_tasks` tasks.
       stat: What the weighting reads: "gramian", "jacobian" or "cross".
+      losses: Whether it reads the extra argument `losses`.
       random: Whether it draws random numbers.
       stateful: Whether its weighting's state depends on the number of tasks.
       homogeneous: Whether the aggregation scales with the Jacobian, ``A(cJ) = c A(J)``.
       equivariant: Whether permuting the tasks permutes the weights.
       non_conflicting: Whether the aggregation never conflicts with a row.
+      unit: Whether the weight of a single row is one (but for CAGrad's factor).
+      min_tasks: The number of tasks that it needs.
       hyperparameters: Scalar arguments of the public factory that optax may inject.
       required: Other arguments of the public factory.
     """
@@ -43,17 +46,25 @@ class Method:
     weighting: Callable[[], jaxjd.Weighting] | None
     aggregator: Callable[[int], optax.GradientTransformationExtraArgs]
     stat: str = "gramian"
+    losses: bool = False
     random: bool = False
     stateful: bool = False
     homogeneous: bool = True
     equivariant: bool = True
     non_conflicting: bool = False
+    unit: bool = True
+    min_tasks: int = 1
     hyperparameters: dict[str, float] = dataclasses.field(default_factory=dict)
     required: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def extra_args(self, jacobian: Any) -> dict[str, Any]:
         """The extra arguments that `update` needs."""
-        return {"cross_jacobians": (jacobian, jacobian)} if self.stat == "cross" else {}
+        extra = {}
+        if self.stat == "cross":
+            extra["cross_jacobians"] = (jacobian, jacobian)
+        if self.losses:
+            extra["losses"] = losses_of(jacobian)
+        return extra
 
     def stat_of(self, jacobian: Any) -> Any:
         """What the weighting reads of a Jacobian."""
@@ -74,7 +85,7 @@ def _method(name: str, *, kwargs: dict[str, Any] | None = None, **flags: Any) ->
 
 
 def _wrapped(name: str, make: Callable[[], jaxjd.Weighting], **flags: Any) -> Method:
-    """A row for a wrapper around a weighting."""
+    """A row for a weighting that has no name of its own."""
     return Method(
         name=name,
         weighting=make,
@@ -84,18 +95,57 @@ def _wrapped(name: str, make: Callable[[], jaxjd.Weighting], **flags: Any) -> Me
     )
 
 
+def losses_of(jacobian: Any) -> jax.Array:
+    """Positive losses that belong to the rows, whatever their order, scale and sharding."""
+    largest = squares = jnp.zeros((), jnp.float32)
+    for leaf in jax.tree.leaves(jacobian):
+        axes = tuple(range(1, leaf.ndim))
+        square = jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+        largest = jnp.maximum(largest, jnp.max(square, axis=axes, initial=0))
+        squares = squares + jnp.sum(square, axis=axes)
+    if squares.ndim == 0:
+        return jnp.ones(M)
+    return 1 + largest / jnp.where(squares == 0, 1, squares)
+
+
 NAMED = (
     _method("aligned_mtl"),
     _method("cagrad", kwargs={"c": 0.5}, hyperparameters={"c": 0.5}),
     _method("constant", kwargs={"weights": [0.2, 0.3, 0.5]}, equivariant=False),
+    _method("conflict_free"),
+    _method(
+        "db_mtl",
+        stat="jacobian",
+        losses=True,
+        stateful=True,
+        unit=False,
+        hyperparameters={"beta": 0.9, "beta_sigma": 0.5},
+    ),
     _method("dualproj", non_conflicting=True),
     _method(
         "excess_mtl", stat="jacobian", stateful=True, hyperparameters={"robust_step_size": 1.0}
     ),
+    _method("gradnorm", losses=True, stateful=True, hyperparameters={"alpha": 1.5, "lr": 0.025}),
     _method("gradvac", random=True, stateful=True, hyperparameters={"beta": 0.5, "eps": 1e-8}),
     _method("imtl_g"),
+    _method("krum", kwargs={"n_byzantine": 0, "n_selected": 2}, min_tasks=3),
     _method("mean"),
     _method("mgda", non_conflicting=True),
+    _method(
+        "moco",
+        stat="jacobian",
+        losses=True,
+        stateful=True,
+        homogeneous=False,
+        unit=False,
+        hyperparameters={
+            "beta": 0.5,
+            "beta_sigma": 0.5,
+            "gamma": 0.1,
+            "gamma_sigma": 0.5,
+            "rho": 0.1,
+        },
+    ),
     _method(
         "modo",
         stat="cross",
@@ -112,10 +162,49 @@ NAMED = (
         kwargs={"lr": 0.5},
         hyperparameters={"lr": 0.5, "momentum": 0.5, "lambda_": 0.3},
     ),
+    _method("stch", hyperparameters={"mu": 1.0}),
     _method("sum"),
     _method("upgrad", non_conflicting=True),
 )
 """Every method of the public catalogue, by its public name."""
+
+UNWEIGHTED = (
+    Method(
+        "graddrop",
+        None,
+        lambda num_tasks: jaxjd.graddrop(num_tasks=num_tasks),
+        random=True,
+    ),
+    Method(
+        "momentum_conflict_free",
+        None,
+        lambda num_tasks: jaxjd.momentum_conflict_free(num_tasks=num_tasks),
+        stateful=True,
+        homogeneous=False,
+        hyperparameters={"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+    ),
+    Method(
+        "trimmed_mean",
+        None,
+        lambda num_tasks: jaxjd.trimmed_mean(trim_number=1, num_tasks=num_tasks),
+        min_tasks=3,
+        required={"trim_number": 1},
+    ),
+)
+"""The methods that are aggregators only, by their public names."""
+
+VARIANTS = (
+    _wrapped("stch(warmup)", lambda: weightings.stch(warmup_steps=2)),
+    _wrapped(
+        "moco(simplex)",
+        lambda: weightings.moco(rho=0.1, projection="simplex"),
+        stat="jacobian",
+        losses=True,
+        homogeneous=False,
+        unit=False,
+    ),
+)
+"""Methods with arguments that change the code or the state."""
 
 WRAPPED = (
     _wrapped("cr_mogm(upgrad)", lambda: weightings.cr_mogm(weightings.upgrad())),
@@ -132,6 +221,9 @@ WRAPPED = (
         stat="jacobian",
     ),
     _wrapped("cr_mogm(sdmgrad)", lambda: weightings.cr_mogm(weightings.sdmgrad()), stat="cross"),
+    _wrapped(
+        "flattening(gradnorm)", lambda: weightings.flattening(weightings.gradnorm()), losses=True
+    ),
     _wrapped("flattening(upgrad)", lambda: weightings.flattening(weightings.upgrad())),
     _wrapped(
         "flattening(gradvac)", lambda: weightings.flattening(weightings.gradvac()), random=True
@@ -182,8 +274,8 @@ GROUPINGS = (
 )
 """Aggregators that work group by group, on the parameters of `example_params`."""
 
-WEIGHTINGS = NAMED + WRAPPED
-AGGREGATORS = NAMED + WRAPPED + GROUPINGS
+WEIGHTINGS = NAMED + VARIANTS + WRAPPED
+AGGREGATORS = NAMED + UNWEIGHTED + VARIANTS + WRAPPED + GROUPINGS
 
 
 def example_params(dtype: Any = jnp.float32) -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 
 import jaxjd
 from tests import registry
-from tests.registry import AGGREGATORS, NAMED, WEIGHTINGS, M, Method, by_name
+from tests.registry import AGGREGATORS, GROUPINGS, NAMED, UNWEIGHTED, WEIGHTINGS, M, Method, by_name
 
 all_aggregators = pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
 all_weightings = pytest.mark.parametrize("method", WEIGHTINGS, ids=by_name)
@@ -63,7 +63,8 @@ def test_catalogue_is_registered():
         if inspect.isfunction(getattr(jaxjd, name))
         and inspect.signature(getattr(jaxjd, name)).return_annotation == "Aggregator"
     }
-    assert returns_aggregator - {"weighted", "partition", "grouped"} == named
+    unweighted = {method.name for method in UNWEIGHTED}
+    assert returns_aggregator - {"weighted", "partition", "grouped"} == named | unweighted
     wrappers = {"cr_mogm", "flattening"}
     functions = {
         name
@@ -182,16 +183,17 @@ def test_unexpected_extra_args_and_leafless_trees(method):
     extra = method.extra_args(jacobian)
     state = aggregator.init(params)
     expected, _ = aggregator.update(jacobian, state, params, **extra)
-    found, _ = aggregator.update(jacobian, state, params, losses=jnp.ones(M), value=1.0, **extra)
+    unexpected = {"losses": jnp.ones(M), "value": 1.0, **extra}
+    found, _ = aggregator.update(jacobian, state, params, **unexpected)
     chex.assert_trees_all_equal(found, expected)
     without_params, _ = aggregator.update(jacobian, state, **extra)
     chex.assert_trees_all_equal(without_params, expected)
-    if method.weighting is not None:
+    if method not in GROUPINGS:
         empty, _ = aggregator.update({}, aggregator.init({}), {}, **method.extra_args({}))
         assert empty == {}
 
 
-@pytest.mark.parametrize("method", NAMED, ids=by_name)
+@pytest.mark.parametrize("method", NAMED + UNWEIGHTED, ids=by_name)
 def test_inject_hyperparams(method):
     factory = getattr(jaxjd, method.name)
     names = list(inspect.signature(factory).parameters)
@@ -221,9 +223,9 @@ def test_vmap_over_jacobians_equals_a_loop(method):
     state = weighting.init(M, params)
 
     def weigh(jacobian):
-        stat = method.stat_of(jacobian)
-        first, after = weighting.update(stat, state)
-        second, _ = weighting.update(stat, after)
+        stat, extra = method.stat_of(jacobian), method.extra_args(jacobian)
+        first, after = weighting.update(stat, state, **extra)
+        second, _ = weighting.update(stat, after, **extra)
         return first, second
 
     batched = jax.jit(jax.vmap(weigh))(jacobians)
@@ -246,9 +248,9 @@ def test_vmap_over_hyperparameters_equals_a_loop(method):
 
     def weigh(value):
         weighting = factory(**{**method.required, **method.hyperparameters, name: value})
-        stat = method.stat_of(jacobian)
-        _, state = weighting.update(stat, weighting.init(M, params))
-        return weighting.update(stat, state)[0]
+        stat, extra = method.stat_of(jacobian), method.extra_args(jacobian)
+        _, state = weighting.update(stat, weighting.init(M, params), **extra)
+        return weighting.update(stat, state, **extra)[0]
 
     batched = jax.jit(jax.vmap(weigh))(values)
     looped = jnp.stack([weigh(float(value)) for value in values])

@@ -17,17 +17,21 @@ from jaxjd.linalg.dual_cone import DualConeProjector
 __all__ = [
     "aligned_mtl",
     "cagrad",
+    "conflict_free",
     "constant",
     "dualproj",
     "excess_mtl",
+    "gradnorm",
     "gradvac",
     "imtl_g",
+    "krum",
     "mean",
     "mgda",
     "modo",
     "pcgrad",
     "random",
     "sdmgrad",
+    "stch",
     "sum",
     "upgrad",
 ]
@@ -89,6 +93,34 @@ def cagrad(c: float, *, num_tasks: int | None = None) -> Aggregator:
       [0.1835, 1.2041, 1.2041]
     """
     return weighted(weightings.cagrad(c), num_tasks=num_tasks)
+
+
+def conflict_free(
+    pref_vector: jax.typing.ArrayLike | None = None, *, num_tasks: int | None = None
+) -> Aggregator:
+    r"""ConFIG: the direction with equal cosines to all rows, as long as their projections on it.
+
+    See `jaxjd.weightings.conflict_free` (Liu, Chu and Thuerey, ICLR 2025).
+
+    Args:
+      pref_vector: The wanted cosines up to a factor, shape ``(m,)``; ones by default.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.conflict_free()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print([round(float(x), 3) for x in update])
+      [0.159, 2.071, 2.071]
+    """
+    return weighted(weightings.conflict_free(pref_vector), num_tasks=num_tasks)
 
 
 def constant(weights: jax.typing.ArrayLike, *, num_tasks: int | None = None) -> Aggregator:
@@ -182,6 +214,36 @@ def excess_mtl(
     return weighted(weightings.excess_mtl(robust_step_size, n_warmup_steps), num_tasks=num_tasks)
 
 
+def gradnorm(alpha: float = 1.5, lr: float = 0.025, *, num_tasks: int | None = None) -> Aggregator:
+    r"""GradNorm: learns weights with which tasks that lag behind have longer gradients.
+
+    `update` needs ``losses=``, one positive number per task as a vector or a pytree.
+    See `jaxjd.weightings.gradnorm` (Chen et al., ICML 2018).
+
+    Args:
+      alpha: The strength of the pull towards a common training rate, non-negative.
+      lr: The step size of the logits of the weights, positive.
+      num_tasks: The number of tasks ``m``, required: the state depends on it.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range or `num_tasks` is missing; in `update`, if the
+        Jacobian is malformed, or without losses.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.gradnorm(num_tasks=2)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> state = aggregator.init(jnp.zeros(3))
+      >>> update, state = aggregator.update(jacobian, state, losses=jnp.array([3.0, 0.5]))
+      >>> print(update, state.weights)
+      [2. 2. 2.] [1. 1.]
+    """
+    return weighted(weightings.gradnorm(alpha, lr), num_tasks=num_tasks)
+
+
 def gradvac(
     beta: float = 0.5,
     eps: float = 1e-8,
@@ -240,6 +302,41 @@ def imtl_g(*, num_tasks: int | None = None) -> Aggregator:
       [0.0767 1.     1.    ]
     """
     return weighted(weightings.imtl_g(), num_tasks=num_tasks)
+
+
+def krum(
+    n_byzantine: int,
+    n_selected: int = 1,
+    squared: bool = False,
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""Krum and Multi-Krum: the mean of the rows that are closest to their neighbours.
+
+    See `jaxjd.weightings.krum` (Blanchard et al., NeurIPS 2017).
+
+    Args:
+      n_byzantine: The number of rows that may be anything, non-negative and static.
+      n_selected: The number of rows to select, positive and static.
+      squared: Whether to sum squared distances, as the paper does, instead of distances.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed or has
+        too few rows.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.krum(n_byzantine=1, n_selected=2)
+      >>> jacobian = jnp.array([[1.0, 1.0], [1.0, 0.9], [75.0, -66.0], [1.0, 1.2]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(2)))
+      >>> print(update)
+      [1.   0.95]
+    """
+    return weighted(weightings.krum(n_byzantine, n_selected, squared), num_tasks=num_tasks)
 
 
 def mean(*, num_tasks: int | None = None) -> Aggregator:
@@ -419,6 +516,37 @@ def sdmgrad(
     return weighted(
         weightings.sdmgrad(lr, momentum, n_iter, lambda_, pref_vector), num_tasks=num_tasks
     )
+
+
+def stch(
+    mu: float = 1.0, warmup_steps: int | None = None, *, num_tasks: int | None = None
+) -> Aggregator:
+    r"""STCH on gradient norms: more weight to the longer rows.
+
+    See `jaxjd.weightings.stch`. The method of Lin et al. (ICML 2024) weighs by losses instead: that
+    is `jaxjd.scalarizers.stch`.
+
+    Args:
+      mu: The smoothing, positive.
+      warmup_steps: The number of first calls that only collect norms, positive and static, or None.
+      num_tasks: The number of tasks ``m``, required with `warmup_steps`; with it the state holds
+        the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.stch()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print([round(float(x), 3) for x in update])
+      [1.923, 1.0, 1.0]
+    """
+    return weighted(weightings.stch(mu, warmup_steps), num_tasks=num_tasks)
 
 
 def sum(*, num_tasks: int | None = None) -> Aggregator:  # noqa: A001

@@ -10,7 +10,8 @@ import optax
 
 from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_static_int
-from jaxjd.linalg.algebra import count_tasks, materialize
+from jaxjd.linalg.algebra import count_tasks
+from jaxjd.weightings._rows import paired_leaves, zero_rows
 
 
 class ExcessMTLState(NamedTuple):
@@ -84,22 +85,13 @@ def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> Jacobi
 
     def init(num_tasks: int, params: PyTree | None = None) -> ExcessMTLState:
         m = require_num_tasks(num_tasks, "excess_mtl")
-        if params is None:
-            raise ValueError(
-                "The state of `excess_mtl` has the parameters' structure: pass params."
-            )
+        squares = zero_rows(params, m, "excess_mtl")
         dtype = weight_dtype(params)
-
-        def accumulator(param: Any) -> jax.Array:
-            # Broadcasting keeps the sharding of the parameter in the type.
-            zeros = jnp.zeros_like(param, dtype=jnp.promote_types(param.dtype, jnp.float32))
-            return jnp.broadcast_to(zeros, (m, *zeros.shape))
-
         return ExcessMTLState(
             count=jnp.zeros((), jnp.int32),
             log_weights=jnp.full((m,), -jnp.log(jnp.asarray(m, dtype)), dtype),
             baseline=jnp.zeros((m,), dtype),
-            squares=jax.tree.map(accumulator, params),
+            squares=squares,
         )
 
     def update(
@@ -109,21 +101,15 @@ def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> Jacobi
         if m is None:
             return jnp.exp(state.log_weights), state
         check_length("state.log_weights", state.log_weights.shape[0], m)
-        squares, treedef = jax.tree.flatten(state.squares)
-        leaves = jax.tree.leaves(stat)
-        if [leaf.shape for leaf in leaves] != [square.shape for square in squares]:
-            raise ValueError(
-                "The Jacobian does not have the leaves that `excess_mtl` was initialized with: "
-                f"expected shapes {[square.shape for square in squares]}, "
-                f"found {[leaf.shape for leaf in leaves]}."
-            )
         dtype = weight_dtype(stat)
+        squares = []
         risk = jnp.zeros((m,), dtype)
-        for i, leaf in enumerate(leaves):
-            square = jnp.square(materialize(leaf).astype(squares[i].dtype))
-            squares[i] = squares[i] + square
-            known = squares[i] > 0
-            terms = jnp.where(known, square / jnp.sqrt(jnp.where(known, squares[i], 1)), 0)
+        for leaf, total in paired_leaves(stat, state.squares, "excess_mtl"):
+            square = jnp.square(leaf)
+            total = total + square
+            squares.append(total)
+            known = total > 0
+            terms = jnp.where(known, square / jnp.sqrt(jnp.where(known, total, 1)), 0)
             risk = risk + jnp.sum(terms, axis=tuple(range(1, terms.ndim))).astype(dtype)
 
         collecting = state.count < baseline_calls
@@ -140,7 +126,7 @@ def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> Jacobi
             count=jnp.asarray(optax.safe_increment(state.count)),
             log_weights=log_weights.astype(state.log_weights.dtype),
             baseline=baseline.astype(state.baseline.dtype),
-            squares=jax.tree.unflatten(treedef, squares),
+            squares=jax.tree.unflatten(jax.tree.structure(state.squares), squares),
         )
         return jnp.exp(log_weights).astype(dtype), next_state
 

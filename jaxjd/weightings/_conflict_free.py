@@ -1,0 +1,68 @@
+"""Conflict-free inverse gradients (ConFIG)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.checks import check_length, check_square
+from jaxjd.linalg.nonnegative_qp import matmul
+from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.weightings._preference import check_preference
+
+
+def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
+    r"""ConFIG: the direction with given cosines to all gradients, as long as their projections.
+
+    With the unit rows :math:`U = D^{-1} J`, where :math:`D` holds the lengths of the gradients:
+
+    .. math:: u = \frac{U^{+} p}{\|U^{+} p\|}, \qquad
+              J^\top w = \Big(\sum_i g_i^\top u\Big) u, \qquad w \propto D^{-1} (U U^\top)^{+} p
+
+    The update conflicts with no task if :math:`p > 0` and the gradients are linearly independent.
+    From Liu, Chu and Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural
+    Networks" (ICLR 2025, https://arxiv.org/abs/2408.11104). Stateless. It reads the Gramian: no
+    pseudo-inverse of the Jacobian is taken. For one gradient per step, with momentum, there is
+    `jaxjd.momentum_conflict_free`.
+
+    Args:
+      pref_vector: The wanted cosines :math:`p` up to a factor, shape ``(m,)``; ones by default.
+
+    Returns:
+      A `Weighting`. Where no direction is defined (all rows are zero, or :math:`p` is orthogonal to
+      the range of the Gramian, as for two opposite gradients) the weights are zero.
+
+    Raises:
+      ValueError: If `pref_vector` is not a vector; in `update`, if it has not one entry per task.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> weighting = jaxjd.weightings.conflict_free()
+      >>> weights, _ = weighting.update(jaxjd.gramian(jacobian), ())
+      >>> print([round(float(x), 3) for x in jaxjd.combine(weights, jacobian)])
+      [0.159, 2.071, 2.071]
+    """
+    pref_vector = check_preference(pref_vector)
+
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+        m = check_square("gramian", stat)
+        unit = unit_diagonal(stat)
+        wanted = unit.nonzero.astype(stat.dtype)
+        if pref_vector is not None:
+            check_length("pref_vector", pref_vector.shape[0], m)
+            wanted = wanted * pref_vector.astype(stat.dtype)
+        eps = m * jnp.finfo(stat.dtype).eps
+        x = matmul(jnp.linalg.pinv(unit.cosines, rtol=eps, hermitian=True), wanted)
+        # U^+ p = U^T x, of squared length x^T C x; its product with g_i is that with U times D.
+        products = matmul(unit.cosines, x)
+        square = jnp.sum(x * products)
+        # Rounding leaves something of a p that is orthogonal to the range.
+        defined = ~(square <= jnp.square(eps) * jnp.sum(jnp.square(wanted)))
+        factor = jnp.sum(unit.lengths * products) / jnp.where(defined, square, 1)
+        return jnp.where(defined, factor, 0) * x * unit.inverse_lengths, state
+
+    return Weighting(stateless, update)
