@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxjd.base import PyTree, Scalarizer, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range
-from jaxjd.scalarizers._tasks import PerTask, loss_vector, optional_per_task
+from jaxjd.scalarizers._tasks import PerTask, loss_vector, nan_if_negative, optional_per_task
 
 
 class FAMOState(NamedTuple):
@@ -105,7 +105,7 @@ def famo(
         return FAMOState(jnp.zeros((), jnp.int32), logits, adam.init(logits), losses)
 
     def apply(losses: PyTree, state: FAMOState) -> jax.Array:
-        gaps = _gaps(losses, loss_vector(losses), bounds)
+        gaps = nan_if_negative(_gaps(losses, loss_vector(losses), bounds))
         check_length("state.logits", state.logits.shape[0], gaps.shape[0])
         z = jax.nn.softmax(state.logits).astype(gaps.dtype)
         solved = gaps == 0
@@ -114,7 +114,6 @@ def famo(
         smallest = jnp.min(jnp.where(solved, jnp.inf, gaps))
         total = jnp.sum(jnp.where(solved, 0, z * (smallest / safe)))
         c = jnp.where(jnp.all(solved), 0, smallest / jnp.where(jnp.all(solved), 1, total))
-        c = jnp.where(smallest < 0, jnp.nan, c)
         return jnp.sum(lax.stop_gradient(c * z) * jnp.where(solved, 0, jnp.log(safe)))
 
     def update(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Scalarizer, stateless
-from jaxjd.scalarizers._tasks import keep_state, loss_vector
+from jaxjd.scalarizers._tasks import keep_state, loss_vector, nan_if_negative
 
 
 def geometric_mean() -> Scalarizer:
@@ -18,7 +18,7 @@ def geometric_mean() -> Scalarizer:
     Strategy for Multi-Task Learning" (CVPR Workshops 2019, https://arxiv.org/abs/1904.08492).
     Losses have to be positive. Where one of them is exactly zero the mean is zero, and so is its
     gradient for all tasks; the one-sided derivative by that loss would be infinite. Where one is
-    negative the mean is NaN, because nothing can raise inside `jax.jit`. Stateless.
+    negative the mean and its gradient are NaN: nothing can raise inside `jax.jit`. Stateless.
 
     Returns:
       A `Scalarizer`.
@@ -35,9 +35,9 @@ def geometric_mean() -> Scalarizer:
     """
 
     def apply(losses: PyTree, state: PyTree) -> jax.Array:
-        vector = loss_vector(losses)
+        vector = nan_if_negative(loss_vector(losses))
         nonzero = vector != 0
         mean = jnp.exp(jnp.mean(jnp.log(jnp.where(nonzero, vector, 1))))
-        return mean * jnp.all(nonzero).astype(vector.dtype)
+        return jnp.where(jnp.all(nonzero), mean, 0)
 
     return Scalarizer(stateless, apply, keep_state)

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxjd.base import PyTree, Scalarizer, require_num_tasks, stateless, weight_dtype
 from jaxjd.checks import check_length, check_range, check_static_int
-from jaxjd.scalarizers._tasks import keep_state, loss_vector, optional_per_task
+from jaxjd.scalarizers._tasks import keep_state, loss_vector, nan_if_negative, optional_per_task
 
 
 class STCHState(NamedTuple):
@@ -122,10 +122,10 @@ def _with_warmup(mu: jax.typing.ArrayLike, warmup_steps: int) -> Scalarizer:
         return STCHState(jnp.zeros((), jnp.int32), jnp.zeros(m, weight_dtype(None)))
 
     def apply(losses: PyTree, state: STCHState) -> jax.Array:
-        vector = loss_vector(losses)
+        vector = nan_if_negative(loss_vector(losses))
         m, dtype = vector.shape[0], vector.dtype
         check_length("state.nadir", state.nadir.shape[0], m)
-        positive = vector != 0  # A negative loss has to reach the logarithm and become NaN.
+        positive = vector != 0
         logs = jnp.log(jnp.where(positive, vector, 1))
         nadir = state.nadir.astype(dtype)
         nadir = jnp.where(nadir != 0, nadir, lax.stop_gradient(jnp.where(positive, vector, 1)))
@@ -146,8 +146,14 @@ def _with_warmup(mu: jax.typing.ArrayLike, warmup_steps: int) -> Scalarizer:
 
 def _smooth_maximum(values: jax.Array, mu: jax.Array, where: jax.Array | bool = True) -> jax.Array:
     """``mu log sum exp(values / mu)``, which neither overflows nor loses the largest value."""
-    largest = lax.stop_gradient(jnp.max(jnp.where(where, values, -jnp.inf)))
-    shifted = jnp.where(where, values - largest, 0)
-    return largest + mu * jax.nn.logsumexp(
-        shifted / mu, where=jnp.broadcast_to(where, shifted.shape)
-    )
+    values = jnp.where(where, values, -jnp.inf)
+    largest = lax.stop_gradient(jnp.max(values))
+    gaps = values - largest
+    # A compiler may fuse this with how the values came about, and round the largest one's gap to
+    # what is not zero; over a small `mu` that would be a lot.
+    top = jnp.arange(values.size) == jnp.argmax(values)
+    gaps = gaps - lax.stop_gradient(jnp.where(top, gaps, jnp.maximum(gaps, 0)))
+    # What underflows is left out before the division, which could overflow.
+    counts = gaps > mu * jnp.log(jnp.finfo(values.dtype).tiny)
+    terms = jnp.where(counts, jnp.exp(jnp.where(counts, gaps, 0) / mu), 0)
+    return largest + mu * jnp.log(jnp.sum(terms))

@@ -82,7 +82,6 @@ def per_task(name: str, value: Any) -> PerTask:
     Raises:
       ValueError: If it holds anything but real numbers.
     """
-    array = _as_array(value)
     leaves, treedef = jax.tree.flatten(value)
     arrays = [_as_array(leaf) for leaf in leaves]
     for leaf, found in zip(leaves, arrays, strict=True):
@@ -90,7 +89,7 @@ def per_task(name: str, value: Any) -> PerTask:
             raise ValueError(f"`{name}` must hold real numbers, found {type_name(leaf)}.")
     if not leaves:
         raise ValueError(f"`{name}` must have one number per task, got {value!r}.")
-    return PerTask(name, jax.tree.unflatten(treedef, arrays), array)
+    return PerTask(name, jax.tree.unflatten(treedef, arrays), _as_array(value))
 
 
 def optional_per_task(name: str, value: Any) -> PerTask | None:
@@ -117,6 +116,8 @@ def keep_state(losses: PyTree, state: PyTree, **extra_args: Any) -> PyTree:
 
 
 def _as_array(value: Any) -> jax.Array | None:
+    if isinstance(value, (str, bytes)):
+        return None
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError):
@@ -130,6 +131,15 @@ def _describe(tree: PyTree) -> str:
 def _concatenate(leaves: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
     vectors = [leaf.ravel().astype(dtype) for leaf in leaves]
     return jnp.concatenate(vectors) if vectors else jnp.zeros(0, dtype)
+
+
+def nan_if_negative(vector: jax.Array) -> jax.Array:
+    """Makes all entries NaN, and all derivatives by them, where one is negative or not finite.
+
+    Nothing can raise inside `jax.jit`, and a finite gradient would hide what went wrong.
+    """
+    valid = jnp.all((vector >= 0) & jnp.isfinite(vector))
+    return vector * jnp.where(valid, 1, jnp.nan).astype(vector.dtype)
 
 
 def norm(vector: jax.Array) -> jax.Array:
