@@ -114,13 +114,18 @@ class Row:
     def make(self, **changes: Any) -> jaxjd.Scalarizer:
         return self.factory(**{**self.scalars, **self.per_task, **self.static, **changes})
 
-    def state(self, steps: int = 3) -> Any:
+    @property
+    def scalarizer(self) -> jaxjd.Scalarizer:
+        """The same object for all tests, so that what it compiled is found again."""
+        return made(self.name)
+
+    def state(self) -> Any:
         """A state after some steps."""
-        scalarizer = self.make()
+        scalarizer = self.scalarizer
         state = scalarizer.init(M)
         if self.learned:
             return jnp.asarray(LEARNED, state.dtype)
-        for losses in STEPS[:steps]:
+        for losses in STEPS:
             state = compiled(scalarizer.update)(jnp.asarray(losses, float), state)
         return state
 
@@ -153,6 +158,11 @@ ROWS = (
     Row("uw", lambda L, s: np.sum(np.exp(-s) * L + s) / 2, learned=True),
 )
 all_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+@functools.cache
+def made(name: str) -> jaxjd.Scalarizer:
+    return next(row for row in ROWS if row.name == name).make()
 
 
 def arrange(vector: Any) -> dict[str, Any]:
@@ -234,7 +244,7 @@ def test_value_and_gradient_on_any_structure(row):
 @pytest.mark.parametrize("row", [row for row in ROWS if row.learned], ids=lambda row: row.name)
 def test_gradient_by_learned_parameters(row):
     with jax.enable_x64(True):
-        found = jax.grad(row.make().apply, argnums=1)(jnp.asarray(LOSSES), row.state())
+        found = jax.grad(row.scalarizer.apply, argnums=1)(jnp.asarray(LOSSES), row.state())
         for i, step in enumerate(1e-6 * np.eye(M)):
             difference = row.value(LOSSES, LEARNED + step) - row.value(LOSSES, LEARNED - step)
             np.testing.assert_allclose(found[i], difference / 2e-6, rtol=1e-8, atol=1e-9)
@@ -248,8 +258,8 @@ def test_permuted_tasks(row):
     order = rng.permutation(M)
     permute = lambda tree: jax.tree.map(lambda x: x[order] if jnp.ndim(x) == 1 else x, tree)
     with jax.enable_x64(True):
-        scalarizer = row.make()
-        permuted = row.make(**permute(row.per_task))
+        scalarizer = row.scalarizer
+        permuted = row.make(**permute(row.per_task)) if row.per_task else scalarizer
         state, losses = row.state(), jnp.asarray(LOSSES)
         chex.assert_trees_all_close(
             compiled(permuted.apply)(losses[order], permute(state)),
@@ -350,9 +360,16 @@ def test_scan_and_vmap_equal_a_python_loop(row):
 
 @all_rows
 def test_a_saved_state_continues_bit_for_bit(row):
-    scalarizer = row.make()
-    step = jax.jit(lambda losses, state: run_of(scalarizer, losses, state))
+    scalarizer = row.scalarizer
     losses = jnp.asarray(STEPS, jnp.float32)
+
+    def step(losses, state):
+        results = []
+        for losses_of_step in losses:
+            results.append(compiled(scalarizer.apply)(losses_of_step, state))
+            state = compiled(scalarizer.update)(losses_of_step, state)
+        return state, jnp.stack(results)
+
     state, _ = step(losses, scalarizer.init(M))
     saved = pickle.dumps(jax.tree.map(np.asarray, raw(state)))
     restored = jax.tree.map(
@@ -372,7 +389,7 @@ def test_a_saved_state_continues_bit_for_bit(row):
 def test_what_is_not_finite_propagates(row):
     state = row.state()
     losses = jnp.asarray(LOSSES, jnp.float32)
-    apply = jax.jit(row.make().apply)
+    apply = compiled(row.scalarizer.apply)
     assert np.isfinite(apply(losses, state))
     for bad in (jnp.nan, jnp.inf):
         assert not np.isfinite(apply(losses.at[2].set(bad), state))
@@ -400,34 +417,42 @@ def scalarize(scalarizer, losses, state=()):
     return float(value), np.asarray(gradient)
 
 
-@pytest.mark.parametrize(
-    ("scalarizer", "losses", "expected"),
-    [
-        (S.mean(), [1.0, 2.0, 6.0], 3),
-        (S.sum(), [[1.0, 2.0], [3.0, 4.0]], 10),
-        (S.constant([0.1, 0.2, 0.3, 0.4]), [1.0, 2.0, 3.0, 4.0], 3),
-        (S.constant(2.0), 3.0, 6),
-        (S.constant([[1, 2], [3, 4]]), [[1.0, 0.0], [0.0, 1.0]], 5),
-        (S.stch(1.0), [0.0, 0.0], np.log(2)),
-        (S.stch(1.0, weights=[1.0, 1.0]), [1.0, 1.0], 1 + np.log(2)),
-        (S.stch(1.0, reference=[1.0, 1.0]), [1.0, 1.0], np.log(2)),
-        (S.stch(1e-10), [1e30, 2e30, 3e30], 1e30),
-        (S.pbi(1.0, [1.0, 1.0]), [2.0, 0.0], 2 * 2**0.5),
-        (S.pbi(0.0, [1.0, 1.0]), [2.0, 0.0], 2**0.5),
-        (S.pbi(7.0, [1.0, 1.0], reference=[1.0, 2.0]), [3.0, 4.0], 8**0.5),
-        (S.cosmos(1.0, [3.0, 4.0]), [3.0, 4.0], 24),
-        (S.cosmos(1.0, [0.6, 0.8]), [0.6, 0.8], 0),
-        (S.cosmos(0.0, [1 / 3, 1 / 3, 1 / 3]), [1.0, 2.0, 4.0], 7 / 3),
-        (S.cosmos(0.0, [2.0, 1.0]), [3.0, 4.0], 10),
-        (S.cosmos(1.0, [1.0, 1.0]), [0.0, 0.0], 0),
-        (S.cosmos(1.0, [0.0, 0.0]), [1.0, 2.0], 0),
-        (S.geometric_mean(), [1.0, 2.0, 4.0], 2),
-    ],
-)
-def test_known_values(scalarizer, losses, expected):
-    value, gradient = scalarize(scalarizer, losses)
-    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
-    assert np.all(np.isfinite(gradient))
+KNOWN = [
+    (S.mean(), [1.0, 2.0, 6.0], 3),
+    (S.sum(), [[1.0, 2.0], [3.0, 4.0]], 10),
+    (S.constant([0.1, 0.2, 0.3, 0.4]), [1.0, 2.0, 3.0, 4.0], 3),
+    (S.constant(2.0), 3.0, 6),
+    (S.constant([[1, 2], [3, 4]]), [[1.0, 0.0], [0.0, 1.0]], 5),
+    (S.stch(1.0), [0.0, 0.0], np.log(2)),
+    (S.stch(1.0, weights=[1.0, 1.0]), [1.0, 1.0], 1 + np.log(2)),
+    (S.stch(1.0, reference=[1.0, 1.0]), [1.0, 1.0], np.log(2)),
+    (S.stch(1e-10), [1e30, 2e30, 3e30], 1e30),
+    (S.pbi(1.0, [1.0, 1.0]), [2.0, 0.0], 2 * 2**0.5),
+    (S.pbi(0.0, [1.0, 1.0]), [2.0, 0.0], 2**0.5),
+    (S.pbi(7.0, [1.0, 1.0], reference=[1.0, 2.0]), [3.0, 4.0], 8**0.5),
+    (S.cosmos(1.0, [3.0, 4.0]), [3.0, 4.0], 24),
+    (S.cosmos(1.0, [0.6, 0.8]), [0.6, 0.8], 0),
+    (S.cosmos(0.0, [1 / 3, 1 / 3, 1 / 3]), [1.0, 2.0, 4.0], 7 / 3),
+    (S.cosmos(0.0, [2.0, 1.0]), [3.0, 4.0], 10),
+    (S.cosmos(1.0, [1.0, 1.0]), [0.0, 0.0], 0),
+    (S.cosmos(1.0, [0.0, 0.0]), [1.0, 2.0], 0),
+    (S.geometric_mean(), [1.0, 2.0, 4.0], 2),
+]
+
+
+def test_known_values():
+    @jax.jit
+    def run(losses):
+        scalarizers = [scalarizer for scalarizer, *_ in KNOWN]
+        return [
+            jax.value_and_grad(scalarizer.apply)(L, ())
+            for scalarizer, L in zip(scalarizers, losses, strict=True)
+        ]
+
+    results = run([jnp.asarray(losses, jnp.float32) for _, losses, _ in KNOWN])
+    for (_, losses, expected), (value, gradient) in zip(KNOWN, results, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7, err_msg=str(losses))
+        assert np.all(np.isfinite(gradient))
 
 
 def test_known_values_of_the_learned_ones():
@@ -965,6 +990,18 @@ def test_dwa_parity(index, dtype):
     check_sequence(case, case["losses"], found, dtype)
 
 
+@jax.jit
+def run_famo(bounds, arguments, before, after):
+    scalarizer = S.famo(bounds, **arguments)
+
+    def step(state, losses):
+        result = jax.value_and_grad(scalarizer.apply)(losses[0], state)
+        state = scalarizer.update(losses[1], state, previous_losses=losses[0])
+        return state, (result, state.logits)
+
+    return lax.scan(step, scalarizer.init(before[0].size), (before, after))[1]
+
+
 @both_dtypes
 @pytest.mark.parametrize("index", range(len(GOLDENS["famo"])))
 def test_famo_parity(index, dtype):
@@ -974,15 +1011,7 @@ def test_famo_parity(index, dtype):
         # TorchJD adds 1e-8 to the losses.
         bounds = 0 if case["min_losses"] is None else np.asarray(case["min_losses"])
         bounds = np.broadcast_to(bounds - 1e-8, before[0].shape)
-        scalarizer = S.famo(bounds, **case["arguments"])
-
-        def step(state, losses):
-            result = jax.value_and_grad(scalarizer.apply)(losses[0], state)
-            state = scalarizer.update(losses[1], state, previous_losses=losses[0])
-            return state, (result, state.logits)
-
-        state = scalarizer.init(before[0].size)
-        _, (found, logits) = jax.jit(lambda s, L: lax.scan(step, s, L))(state, (before, after))
+        found, logits = run_famo(bounds, case["arguments"], before, after)
     check_sequence(case, case["before"], found, dtype)
     expected = np.asarray(case["logits"])
     np.testing.assert_allclose(

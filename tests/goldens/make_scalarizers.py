@@ -161,8 +161,8 @@ def dwa(rng: np.random.Generator) -> list[dict]:
 def famo(rng: np.random.Generator) -> list[dict]:
     cases = []
     for shape, bounded, lr, weight_decay, scale in (
-        ((2,), False, 0.025, 1e-3, 1.0),
-        ((3,), True, 0.1, 0.0, 1.0),
+        ((4,), False, 0.025, 1e-3, 1.0),
+        ((4,), True, 0.1, 0.0, 1.0),
         ((2, 3), True, 0.025, 0.1, 1e3),
         ((4,), False, 1.0, 1e-2, 1e-2),
         ((), False, 0.025, 1e-3, 1.0),
