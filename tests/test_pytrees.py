@@ -430,6 +430,42 @@ def test_an_update_keeps_the_sharding_of_its_parameter(kind, layout):
         assert params[name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
+ENTRYWISE = {
+    "db_mtl": jaxjd.db_mtl,
+    "graddrop": jaxjd.graddrop,
+    "moco": jaxjd.moco,
+    "momentum_conflict_free": jaxjd.momentum_conflict_free,
+    "momentum_conflict_free(task)": jaxjd.momentum_conflict_free,
+    "trimmed_mean": lambda num_tasks: jaxjd.trimmed_mean(1, num_tasks=num_tasks),
+}
+"""What reads or keeps every entry of a Jacobian, not only the Gramian."""
+
+
+@mesh_kinds
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_methods_on_entries_equal_the_unsharded_ones(name, kind):
+    mesh, specs = mesh_of(kind), LAYOUTS["both"]
+    aggregator = ENTRYWISE[name](num_tasks=4)
+
+    @jax.jit
+    def train(params, jacobian):
+        state = aggregator.init(params)
+        for i in range(4):
+            extra, updates = {"losses": jnp.arange(1.0, 5.0)}, jacobian
+            if "task" in name:
+                extra["task"], updates = i, jax.tree.map(lambda leaf, i=i: leaf[i], jacobian)
+            updates, state = aggregator.update(updates, state, params, **extra)
+        return updates, state
+
+    expected, _ = train(SHARDED_PARAMS, SHARDED_JACOBIAN)
+    with jax.set_mesh(mesh):
+        params = put(SHARDED_PARAMS, mesh, specs)
+        updates, _ = train(params, put(SHARDED_JACOBIAN, mesh, specs, None))
+    for key, leaf in updates.items():
+        np.testing.assert_allclose(leaf, expected[key], rtol=1e-4, atol=1e-5)
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[key]), leaf.ndim)
+
+
 @mesh_kinds
 def test_a_training_step_from_the_losses_on(kind):
     mesh, specs = mesh_of(kind), LAYOUTS["columns"]
