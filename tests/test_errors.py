@@ -1,6 +1,7 @@
 """Bad input is a `ValueError` while tracing that says what was looked at, expected and found."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 import jaxjd
 from jaxjd import labels, linalg, weightings
-from tests.registry import NAMED, by_name
+from tests.registry import NAMED, UNWEIGHTED, by_name
 
 PARAMS = {"a": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "c": jnp.zeros(3)}
 JACOBIAN = jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape)), PARAMS)
@@ -53,8 +54,8 @@ def update(aggregator, jacobian=JACOBIAN, params=PARAMS, init=PARAMS, **extra_ar
     )
 
 
-def weigh(weighting, stat=EYE, state=()):
-    return trace(weighting.update, stat, state)
+def weigh(weighting, stat=EYE, state=(), **extra_args):
+    return trace(lambda x, s, e: weighting.update(x, s, **e), stat, state, extra_args)
 
 
 def engine(fn, params=PARAMS, **options):
@@ -219,7 +220,10 @@ JACOBIANS = [
 # Factories: what they need to know, and what they take.
 
 NEEDS_NUM_TASKS = {
+    "db_mtl": weightings.db_mtl,
+    "gradnorm": weightings.gradnorm,
     "gradvac": weightings.gradvac,
+    "moco": weightings.moco,
     "sdmgrad": weightings.sdmgrad,
     "modo": weightings.modo,
     "excess_mtl": weightings.excess_mtl,
@@ -350,6 +354,34 @@ FACTORIES = [
         "`grouped`",
         "jaxjd.partition",
     ),
+    case(
+        "missing num_tasks: stch with a warm-up",
+        lambda: jaxjd.stch(warmup_steps=3),
+        "num_tasks=",
+        "`stch`",
+    ),
+    case(
+        "missing num_tasks: momentum_conflict_free",
+        jaxjd.momentum_conflict_free,
+        "num_tasks=",
+        "`momentum_conflict_free`",
+    ),
+    *(
+        case(
+            f"missing params in init: {name}",
+            lambda name=name: getattr(weightings, name)().init(3),
+            f"`{name}`",
+            "pass params",
+        )
+        for name in ("db_mtl", "excess_mtl", "moco")
+    ),
+    case("graddrop with a bad key", lambda: jaxjd.graddrop(key=0.5), "`key` must be", "got float"),
+    case(
+        "graddrop with no function",
+        lambda: jaxjd.graddrop(f=0.5),
+        "`f` must be a function",
+        "got 0.5",
+    ),
     case("key: a float", lambda: weightings.pcgrad(key=0.5), "`key` must be", "got float"),
     case("key: a string", lambda: weightings.random(key="seed"), "`key` must be", "got str"),
     case("key: None", lambda: weightings.random(key=None), "`key` must be", "got NoneType"),
@@ -383,6 +415,8 @@ FACTORIES = [
 # Hyper-parameters out of range: factory, bad values, wanted range.
 
 UPGRAD = weightings.upgrad()
+KRUM = functools.partial(weightings.krum, n_byzantine=1)
+MOMENTUM = functools.partial(jaxjd.momentum_conflict_free, num_tasks=3)
 RANGES = [
     ("cagrad", weightings.cagrad, {"c": (-0.1, -1)}, ">= 0"),
     ("gradvac", weightings.gradvac, {"beta": (-0.1, 1.1)}, ">= 0 and <= 1"),
@@ -396,6 +430,25 @@ RANGES = [
     ("modo", weightings.modo, {"gamma": (0.0, -1.0)}, "> 0"),
     ("modo", weightings.modo, {"rho": (-0.1,)}, ">= 0"),
     ("cr_mogm", lambda alpha: weightings.cr_mogm(UPGRAD, alpha), {"alpha": (-0.1, 1.1)}, "<= 1"),
+    ("krum", KRUM, {"n_byzantine": (-1,)}, ">= 0"),
+    ("krum", KRUM, {"n_selected": (0, -1)}, ">= 1"),
+    ("trimmed_mean", jaxjd.trimmed_mean, {"trim_number": (-1,)}, ">= 0"),
+    ("stch", weightings.stch, {"mu": (0.0, -1.0)}, "> 0"),
+    ("stch", weightings.stch, {"warmup_steps": (0, -1)}, ">= 1"),
+    ("moco", weightings.moco, {"beta": (0.0, 1.1)}, "> 0 and <= 1"),
+    ("moco", weightings.moco, {"gamma": (0.0, -0.1)}, "> 0"),
+    (
+        "moco",
+        weightings.moco,
+        {"beta_sigma": (-0.1,), "gamma_sigma": (-0.1,), "rho": (-0.1,)},
+        ">= 0",
+    ),
+    ("db_mtl", weightings.db_mtl, {"beta": (-0.1, 1.0)}, ">= 0 and < 1"),
+    ("db_mtl", weightings.db_mtl, {"beta_sigma": (-0.1,)}, ">= 0"),
+    ("gradnorm", weightings.gradnorm, {"alpha": (-0.1,)}, ">= 0"),
+    ("gradnorm", weightings.gradnorm, {"lr": (0.0, -0.1)}, "> 0"),
+    ("momentum_conflict_free", MOMENTUM, {"b1": (-0.1, 1.0), "b2": (-0.1, 1.0)}, ">= 0 and < 1"),
+    ("momentum_conflict_free", MOMENTUM, {"eps": (-0.1,)}, ">= 0"),
     ("projector", linalg.regularized_projector, {"norm_eps": (-1.0,)}, ">= 0"),
     ("projector", linalg.regularized_projector, {"reg_eps": (-1.0,)}, ">= 0"),
 ]
@@ -409,6 +462,16 @@ SCALARS = [
     ("sdmgrad", weightings.sdmgrad, "lambda_"),
     ("modo", weightings.modo, "gamma"),
     ("modo", weightings.modo, "rho"),
+    ("stch", weightings.stch, "mu"),
+    *(
+        ("moco", weightings.moco, parameter)
+        for parameter in ("beta", "beta_sigma", "gamma", "gamma_sigma", "rho")
+    ),
+    ("db_mtl", weightings.db_mtl, "beta"),
+    ("db_mtl", weightings.db_mtl, "beta_sigma"),
+    ("gradnorm", weightings.gradnorm, "alpha"),
+    ("gradnorm", weightings.gradnorm, "lr"),
+    *(("momentum_conflict_free", MOMENTUM, parameter) for parameter in ("b1", "b2", "eps")),
     ("cr_mogm", lambda alpha: weightings.cr_mogm(UPGRAD, alpha), "alpha"),
     ("projector", linalg.regularized_projector, "reg_eps"),
 ]
@@ -451,6 +514,49 @@ HYPERPARAMETERS = [
         "'min'.*'median'.*'rmse'",
         "got 'max'",
     ),
+    case(
+        "unknown projection",
+        lambda: weightings.moco(projection="ball"),
+        "`projection` must be one of",
+        "'softmax'.*'simplex'",
+        "got 'ball'",
+    ),
+    case(
+        "leak of another rank",
+        lambda: jaxjd.graddrop(leak=0.5),
+        "`leak` must be a vector",
+        r"got shape \(\)",
+    ),
+    case(
+        "leak of another length",
+        lambda: update(jaxjd.graddrop(leak=[0.5, 0.5])),
+        "`leak` has 2 entries",
+        "3 tasks",
+    ),
+    case(
+        "leak of another length than num_tasks",
+        lambda: jaxjd.graddrop(leak=[0.5, 0.5], num_tasks=3),
+        "`leak` has 2 entries",
+        "3 tasks",
+    ),
+    case(
+        "too few tasks to trim",
+        lambda: update(jaxjd.trimmed_mean(2)),
+        r"trimmed_mean\(trim_number=2\) needs at least 5 tasks",
+        "found 3",
+    ),
+    case(
+        "too small a num_tasks to trim",
+        lambda: jaxjd.trimmed_mean(2, num_tasks=4),
+        r"trimmed_mean\(trim_number=2\) needs at least 5 tasks",
+        "found 4",
+    ),
+    case(
+        "too few tasks for krum",
+        lambda: weigh(weightings.krum(1)),
+        r"krum\(n_byzantine=1, n_selected=1\) needs at least 4 tasks",
+        "found 3",
+    ),
     *(
         case(
             f"pref_vector of another rank: {name}",
@@ -458,7 +564,7 @@ HYPERPARAMETERS = [
             "`pref_vector` must be a vector",
             r"got shape \(3, 1\)",
         )
-        for name in ("aligned_mtl", "dualproj", "sdmgrad", "upgrad")
+        for name in ("aligned_mtl", "conflict_free", "dualproj", "sdmgrad", "upgrad")
     ),
     *(
         case(
@@ -467,7 +573,7 @@ HYPERPARAMETERS = [
             "`pref_vector` has 2 entries",
             "3 tasks",
         )
-        for name in ("aligned_mtl", "dualproj", "upgrad")
+        for name in ("aligned_mtl", "conflict_free", "dualproj", "upgrad")
     ),
     case(
         "pref_vector of another length: sdmgrad",
@@ -505,6 +611,22 @@ HYPERPARAMETERS = [
 
 # Statistics and states
 
+LOSSES = jnp.ones(3)
+READS_JACOBIAN = {
+    "db_mtl": weightings.db_mtl,
+    "excess_mtl": weightings.excess_mtl,
+    "moco": weightings.moco,
+}
+
+
+def update_task(task, gradient=NO_TASK_AXIS):
+    """Traces an update of M-ConFIG; a Python number stays one."""
+    state = MOMENTUM().init(PARAMS)
+    if isinstance(task, jax.Array):
+        return trace(lambda g, s, t: MOMENTUM().update(g, s, task=t), gradient, state, task)
+    return trace(lambda g, s: MOMENTUM().update(g, s, task=task), gradient, state)
+
+
 STATS = [
     *(
         case(
@@ -541,22 +663,120 @@ STATS = [
             r"2 entries.*3 tasks|\(2,\).*\(3,\)",
         )
         for name, make in NEEDS_NUM_TASKS.items()
-        if name != "excess_mtl"
+        if name not in READS_JACOBIAN
+    ),
+    *(
+        case(
+            f"state of another number of tasks: {name}",
+            lambda make=make: weigh(make(), JACOBIAN, make().init(2, PARAMS)),
+            "2 entries",
+            "3 tasks",
+        )
+        for name, make in READS_JACOBIAN.items()
+    ),
+    *(
+        case(
+            f"state of other parameters: {name}",
+            lambda make=make: weigh(make(), JACOBIAN, make().init(3, PARAMS["a"]), losses=LOSSES),
+            f"`{name}`",
+            r"expected shapes \[\(3, 2\), \(3, 2, 2\)\]",
+            r"found \[\(3, 2\), \(3, 2, 2\), \(3, 3\)\]",
+        )
+        for name, make in READS_JACOBIAN.items()
     ),
     case(
-        "state of another number of tasks: excess_mtl",
-        lambda: weigh(weightings.excess_mtl(), JACOBIAN, weightings.excess_mtl().init(2, PARAMS)),
+        "state of another number of tasks: stch",
+        lambda: weigh(weightings.stch(warmup_steps=2), EYE, weightings.stch(1.0, 2).init(2)),
         "2 entries",
         "3 tasks",
     ),
+    *(
+        case(
+            f"losses: missing for {name}",
+            lambda name=name: update(getattr(jaxjd, name)(num_tasks=3)),
+            f"`{name}` reads the losses",
+            "losses=",
+        )
+        for name in ("db_mtl", "gradnorm")
+    ),
+    *(
+        case(
+            f"losses: {kind} for {name}",
+            lambda name=name, losses=losses: update(
+                getattr(jaxjd, name)(num_tasks=3), losses=losses
+            ),
+            *message,
+        )
+        for name in ("db_mtl", "gradnorm", "moco")
+        for kind, losses, message in (
+            ("two", jnp.ones(2), ("`losses` has 2 entries", "3 tasks")),
+            ("none in a dict", {}, ("`losses` has 0 entries", "3 tasks")),
+            (
+                "a dict of too many",
+                {"fit": jnp.ones(()), "size": jnp.ones(3)},
+                ("`losses` has 4 entries", "3 tasks"),
+            ),
+            (
+                "integers",
+                {"fit": jnp.ones(2), "size": jnp.arange(3)[0]},
+                ("`losses`, leaf 'size'", "floating point", r"found int32\[\]"),
+            ),
+        )
+    ),
     case(
-        "state of other parameters: excess_mtl",
-        lambda: weigh(
-            weightings.excess_mtl(), JACOBIAN, weightings.excess_mtl().init(3, PARAMS["a"])
-        ),
-        "`excess_mtl`",
-        r"expected shapes \[\(3, 2\), \(3, 2, 2\)\]",
-        r"found \[\(3, 2\), \(3, 2, 2\), \(3, 3\)\]",
+        "task: too large",
+        lambda: update_task(3),
+        "`task` must be < 3, the number of tasks",
+        "got 3",
+    ),
+    case("task: negative", lambda: update_task(-1), "`task` must be >= 0", "got -1"),
+    case("task: a float", lambda: update_task(0.0), "`task` must be a static int", "got float"),
+    case(
+        "task: several",
+        lambda: update_task(jnp.arange(2)),
+        "`task` must be the index of one task",
+        r"got int32\[2\]",
+    ),
+    case(
+        "task: a traced float",
+        lambda: update_task(jnp.ones(())),
+        "`task` must be the index of one task",
+        r"got float32\[\]",
+    ),
+    case(
+        "task with a Jacobian",
+        lambda: update_task(0, JACOBIAN),
+        "Leaf 'a/b'",
+        r"expected shape \(2,\) in the gradient of one task",
+        r"found float32\[3,2\]",
+    ),
+    case(
+        "task with the gradient of other parameters",
+        lambda: update_task(0, {"c": NO_TASK_AXIS["c"]}),
+        "initialized with 3 leaves",
+        "found 1",
+    ),
+    case(
+        "momentum_conflict_free: state of other parameters",
+        lambda: update(MOMENTUM(), JACOBIAN, None, {**PARAMS, "c": jnp.zeros(4)}),
+        "Leaf 'c'",
+        r"expected shape \(3, 4\) in the Jacobian",
+        r"found float32\[3,3\]",
+    ),
+    *(
+        case(
+            f"another number of tasks than num_tasks: {name}",
+            lambda aggregator=aggregator: update(aggregator, TWO, losses=jnp.ones(2)),
+            "num_tasks=3",
+            "has 2 rows",
+        )
+        for name, aggregator in (
+            ("db_mtl", jaxjd.db_mtl(num_tasks=3)),
+            ("graddrop", jaxjd.graddrop(num_tasks=3)),
+            ("moco", jaxjd.moco(num_tasks=3)),
+            ("momentum_conflict_free", jaxjd.momentum_conflict_free(num_tasks=3)),
+            ("trimmed_mean", jaxjd.trimmed_mean(0, num_tasks=3)),
+        )
     ),
     case(
         "state of another number of groups",
@@ -945,10 +1165,12 @@ def test_traced_hyperparameters_pass_unchecked(make, parameter):
 FINITE = jax.tree.map(
     lambda leaf: leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), JACOBIAN
 )
-READS_NO_GRADIENT = {"constant", "mean", "random", "sum", "excess_mtl"}
+READS_NO_GRADIENT = {"constant", "mean", "random", "sum", "excess_mtl", "graddrop"}
+PROPAGATES = [method for method in NAMED + UNWEIGHTED if method.name != "trimmed_mean"]
+"""A trimmed mean drops what is not finite: see its values."""
 
 
-@pytest.mark.parametrize("method", NAMED, ids=by_name)
+@pytest.mark.parametrize("method", PROPAGATES, ids=by_name)
 def test_what_is_not_finite_propagates(method):
     aggregator = method.aggregator(3)
 

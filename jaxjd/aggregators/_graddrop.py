@@ -47,7 +47,7 @@ def graddrop(
     From Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
     Dropout" (NeurIPS 2020, https://arxiv.org/abs/2010.06808), which does this to the gradients of a
     layer's output; here it is the Jacobian of the parameters, as in TorchJD. There are no weights,
-    since each entry has its own. A value that is not finite stays in its entry.
+    since each entry has its own. An entry with a value that is not finite becomes NaN.
 
     The draws of a leaf depend on the key, the place of the leaf in tree order, and the leaf's own
     shape; splitting it over devices does not change them.
@@ -137,4 +137,5 @@ def drop_signs(
     if leak is not None:
         least = jnp.expand_dims(leak.astype(rows.dtype), tuple(range(1, rows.ndim)))
         kept = least + (1 - least) * kept
-    return jnp.sum(kept * rows, axis=0)
+    # Explicitly, since XLA may turn a product with zero into a selection.
+    return jnp.where(jnp.isfinite(total), jnp.sum(kept * rows, axis=0), jnp.nan)
