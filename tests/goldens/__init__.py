@@ -1,0 +1,1 @@
+"""What the methods are held to: matrices, exact solutions and TorchJD's output, in parity.npz."""
