@@ -16,6 +16,7 @@ from jaxjd.aggregators import constant as constant
 from jaxjd.aggregators import db_mtl as db_mtl
 from jaxjd.aggregators import dualproj as dualproj
 from jaxjd.aggregators import excess_mtl as excess_mtl
+from jaxjd.aggregators import fairgrad as fairgrad
 from jaxjd.aggregators import graddrop as graddrop
 from jaxjd.aggregators import gradnorm as gradnorm
 from jaxjd.aggregators import gradvac as gradvac
@@ -26,6 +27,8 @@ from jaxjd.aggregators import mgda as mgda
 from jaxjd.aggregators import moco as moco
 from jaxjd.aggregators import modo as modo
 from jaxjd.aggregators import momentum_conflict_free as momentum_conflict_free
+from jaxjd.aggregators import nash_mtl as nash_mtl
+from jaxjd.aggregators import pcd as pcd
 from jaxjd.aggregators import pcgrad as pcgrad
 from jaxjd.aggregators import random as random
 from jaxjd.aggregators import sdmgrad as sdmgrad
@@ -94,6 +97,9 @@ __all__ = [
     "momentum_conflict_free",
     "mtl_value_and_jacobian",
     "partition",
+    "fairgrad",
+    "nash_mtl",
+    "pcd",
     "pcgrad",
     "random",
     "scalarizers",

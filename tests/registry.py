@@ -125,6 +125,13 @@ NAMED = (
     _method(
         "excess_mtl", stat="jacobian", stateful=True, hyperparameters={"robust_step_size": 1.0}
     ),
+    _method(
+        "fairgrad",
+        kwargs={"alpha": 1.0},
+        homogeneous=False,
+        unit=False,
+        hyperparameters={"alpha": 1.0},
+    ),
     _method("gradnorm", losses=True, stateful=True, hyperparameters={"alpha": 1.5, "lr": 0.025}),
     _method("gradvac", random=True, stateful=True, hyperparameters={"beta": 0.5, "eps": 1e-8}),
     _method("imtl_g"),
@@ -152,6 +159,13 @@ NAMED = (
         stateful=True,
         homogeneous=False,
         hyperparameters={"gamma": 0.1, "rho": 0.1},
+    ),
+    _method("nash_mtl", homogeneous=False, unit=False, hyperparameters={"max_norm": 1.0}),
+    _method(
+        "pcd",
+        stateful=True,
+        equivariant=False,
+        hyperparameters={"tau": 0.02, "beta": 0.999, "eps": 1e-8},
     ),
     _method("pcgrad", random=True),
     _method("random", random=True),

@@ -21,6 +21,7 @@ __all__ = [
     "constant",
     "dualproj",
     "excess_mtl",
+    "fairgrad",
     "gradnorm",
     "gradvac",
     "imtl_g",
@@ -28,6 +29,8 @@ __all__ = [
     "mean",
     "mgda",
     "modo",
+    "nash_mtl",
+    "pcd",
     "pcgrad",
     "random",
     "sdmgrad",
@@ -212,6 +215,32 @@ def excess_mtl(
       [1. 1. 1.]
     """
     return weighted(weightings.excess_mtl(robust_step_size, n_warmup_steps), num_tasks=num_tasks)
+
+
+def fairgrad(alpha: float, *, num_tasks: int | None = None) -> Aggregator:
+    r"""FairGrad: divides the improvement among the tasks by alpha-fairness.
+
+    See `jaxjd.weightings.fairgrad` (Ban and Ji, ICML 2024).
+
+    Args:
+      alpha: The fairness, non-negative: 0 for the mean, 1 for proportional fairness.
+      num_tasks: The number of tasks ``m``; with it the state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If `alpha` is negative; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.fairgrad(alpha=1.0)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print([round(float(x), 3) for x in update])
+      [0.077, 0.999, 0.999]
+    """
+    return weighted(weightings.fairgrad(alpha), num_tasks=num_tasks)
 
 
 def gradnorm(alpha: float = 1.5, lr: float = 0.025, *, num_tasks: int | None = None) -> Aggregator:
@@ -419,6 +448,72 @@ def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) 
       [0.95 1.   1.  ]
     """
     return weighted(weightings.modo(gamma, rho), num_tasks=num_tasks)
+
+
+def nash_mtl(
+    max_norm: float = 1.0, update_weights_every: int = 1, *, num_tasks: int | None = None
+) -> Aggregator:
+    r"""Nash-MTL: the Nash bargaining solution of the tasks.
+
+    See `jaxjd.weightings.nash_mtl` (Navon et al., ICML 2022).
+
+    Args:
+      max_norm: The largest norm of the update, non-negative; 0 for no limit.
+      update_weights_every: The problem is solved every this many calls, positive and static.
+      num_tasks: The number of tasks ``m``; needed if ``update_weights_every > 1``. With it the
+        state holds the last weights.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.nash_mtl()
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print([round(float(x), 3) for x in update])
+      [0.054, 0.706, 0.706]
+    """
+    weighting = weightings.nash_mtl(max_norm, update_weights_every)
+    return weighted(weighting, num_tasks=num_tasks)
+
+
+def pcd(
+    tau: float | jax.typing.ArrayLike = 0.02,
+    beta: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
+    r"""PCD: follows the first row as closely as progress on all others allows.
+
+    See `jaxjd.weightings.pcd` (https://arxiv.org/abs/2606.29521).
+
+    Args:
+      tau: The progress wanted on the secondary tasks, in [0, 1]: a number, or shape ``(m - 1,)``.
+      beta: The rate of the moving average of the squared lengths, in [0, 1).
+      eps: Added to that average, relative to its mean over the tasks, non-negative.
+      num_tasks: The number of tasks ``m``, required: the state depends on it.
+
+    Returns:
+      An `Aggregator` with state `AggregatorState`.
+
+    Raises:
+      ValueError: If `num_tasks` is missing or an argument is out of range; in `update`, if the
+        Jacobian is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> aggregator = jaxjd.pcd(num_tasks=2)
+      >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> update, state = aggregator.update(jacobian, aggregator.init(jnp.zeros(3)))
+      >>> print([round(float(x), 3) for x in update])
+      [-0.82, 2.943, 2.943]
+    """
+    return weighted(weightings.pcd(tau, beta, eps), num_tasks=num_tasks)
 
 
 def pcgrad(key: jax.Array | int = 0, *, num_tasks: int | None = None) -> Aggregator:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.checks import check_length, check_range, check_square, type_name
-from jaxjd.linalg.nonnegative_qp import matmul, nonnegative_qp
+from jaxjd.linalg.nonnegative_qp import nonnegative_qp
+from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
 
 

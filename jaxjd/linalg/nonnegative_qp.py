@@ -24,10 +24,11 @@ from jax import lax
 
 from jaxjd.linalg.gradient_projection import conjugate_gradients, descend
 from jaxjd.linalg.pivoting import search, support_solver
-from jaxjd.linalg.precision import matmul as matmul
+from jaxjd.linalg.precision import matmul
 
 _DESCENT_STEPS = 60
 _POLISHING_STEPS = 30
+_LARGE = 100.0  # Relative to the linear term.
 _CHUNK_ELEMENTS = 1 << 25  # Elements of the stacked (k, m, m) systems that may exist at once.
 
 
@@ -68,7 +69,12 @@ def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit  # So that calls outside of jit do not compile the loops anew.
 def _solve_exactly(cosines: jax.Array, linear: jax.Array) -> jax.Array:
+    # In units of the largest entry, rounded to a power of two: exact, and no square underflows.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
+    linear = jnp.ldexp(linear, -exponent)
     descended, solved = descend(cosines, linear, jnp.maximum(-linear, 0), _DESCENT_STEPS)
+    # A point that far away is (next to) a direction of recession: factorizations find it better.
+    solved = solved & (jnp.max(descended, axis=1) <= _LARGE)
     support = descended > 0
     x = _polish(
         cosines,
@@ -88,7 +94,7 @@ def _solve_exactly(cosines: jax.Array, linear: jax.Array) -> jax.Array:
     x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, solved))
     # NaN never compares, so it has to be put back.
     finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
-    return jnp.where(finite, x, jnp.nan)
+    return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
 
 
 def _polish(

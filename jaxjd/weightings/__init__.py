@@ -9,6 +9,7 @@ from jaxjd.weightings._db_mtl import DBMTLState as DBMTLState
 from jaxjd.weightings._db_mtl import db_mtl as db_mtl
 from jaxjd.weightings._excess_mtl import ExcessMTLState as ExcessMTLState
 from jaxjd.weightings._excess_mtl import excess_mtl as excess_mtl
+from jaxjd.weightings._fairgrad import fairgrad as fairgrad
 from jaxjd.weightings._fixed import constant as constant
 from jaxjd.weightings._fixed import mean as mean
 from jaxjd.weightings._fixed import sum as sum  # noqa: A004
@@ -24,6 +25,10 @@ from jaxjd.weightings._moco import MoCoState as MoCoState
 from jaxjd.weightings._moco import moco as moco
 from jaxjd.weightings._modo import MoDoState as MoDoState
 from jaxjd.weightings._modo import modo as modo
+from jaxjd.weightings._nash_mtl import NashMTLState as NashMTLState
+from jaxjd.weightings._nash_mtl import nash_mtl as nash_mtl
+from jaxjd.weightings._pcd import PCDState as PCDState
+from jaxjd.weightings._pcd import pcd as pcd
 from jaxjd.weightings._pcgrad import PCGradState as PCGradState
 from jaxjd.weightings._pcgrad import pcgrad as pcgrad
 from jaxjd.weightings._random import RandomState as RandomState
@@ -43,6 +48,8 @@ __all__ = [
     "GradVacState",
     "MoCoState",
     "MoDoState",
+    "NashMTLState",
+    "PCDState",
     "PCGradState",
     "RandomState",
     "SDMGradState",
@@ -64,6 +71,9 @@ __all__ = [
     "mgda",
     "moco",
     "modo",
+    "fairgrad",
+    "nash_mtl",
+    "pcd",
     "pcgrad",
     "random",
     "sdmgrad",

@@ -10,7 +10,8 @@ from jax import lax
 
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
-from jaxjd.linalg.nonnegative_qp import matmul, nonnegative_qp
+from jaxjd.linalg.nonnegative_qp import nonnegative_qp
+from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
 
 _MAX_STEPS = 40

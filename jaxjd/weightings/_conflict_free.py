@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_length, check_square
-from jaxjd.linalg.nonnegative_qp import matmul
+from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 

@@ -11,7 +11,7 @@ import optax
 from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range
 from jaxjd.linalg.algebra import count_tasks, gramian
-from jaxjd.linalg.nonnegative_qp import matmul
+from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.simplex import project_onto_simplex
 from jaxjd.weightings._losses import read_losses
 from jaxjd.weightings._rows import paired_leaves, row_norms, scale_rows, zero_rows

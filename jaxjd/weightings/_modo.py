@@ -14,7 +14,7 @@ from jaxjd.base import (
     weight_dtype,
 )
 from jaxjd.checks import check_length, check_range, check_square
-from jaxjd.linalg.nonnegative_qp import matmul
+from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.simplex import project_onto_simplex
 
 

@@ -16,7 +16,7 @@ from jaxjd.base import (
     weight_dtype,
 )
 from jaxjd.checks import check_length, check_range, check_square, check_static_int
-from jaxjd.linalg.nonnegative_qp import matmul
+from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.simplex import project_onto_simplex
 from jaxjd.weightings._preference import check_preference, preference
 

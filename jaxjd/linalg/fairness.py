@@ -1,0 +1,120 @@
+"""The convex problem behind Nash-MTL and FairGrad."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxjd.linalg.precision import matmul, ridge
+from jaxjd.linalg.scaling import unit_diagonal
+
+_MAX_STEPS = 200
+_LONGEST_STEP = 2.0  # In the logarithm of an entry.
+
+
+def fair_weights(gramian: jax.Array, power: jax.typing.ArrayLike) -> jax.Array:
+    r"""Solves :math:`G x = x^{-p}` for `x > 0`, the optimum of a strictly convex function.
+
+    For unit rows, :math:`G = D C D`, and with :math:`x = D^{-1} S u`, where
+    :math:`S = D^{(p - 1) / (p + 1)}` is the solution for orthogonal rows, it reads
+
+    .. math:: S C S \, u = S^2 u^{-p}, \quad
+              \text{the optimum of } \tfrac12 u^\top S C S u + \sum_i s_i^2 \frac{u_i^{1-p}}{p - 1},
+
+    so `u` is of order one wherever rows do not work together or against each other, whatever the
+    rows' lengths. It is found by damped Newton steps in :math:`\log u`.
+
+    Args:
+      gramian: `G`, shape ``(m, m)``. A zero row gets ``x = 0``.
+      power: The exponent `p`, positive, shape ``()``.
+
+    Returns:
+      The solution, shape ``(m,)``; it is differentiable by the implicit function theorem. At a
+      strongly stationary point, where it does not exist, it is a large positive vector.
+    """
+    dtype = gramian.dtype
+    unit = unit_diagonal(gramian)
+    p = jnp.asarray(power, dtype)
+    # With lengths relative to the longest, x is in units of longest^(-2 / (1 + p)).
+    longest = jnp.max(unit.lengths)
+    longest = jnp.where(longest > 0, longest, 1)
+    log_lengths = jnp.log(jnp.where(unit.nonzero, unit.lengths / longest, 1))
+    log_scales = log_lengths * ((p - 1) / (p + 1))
+    log_u = _solve(unit.cosines, log_scales, p)
+    log_x = log_u + log_scales - log_lengths - jnp.log(longest) * (2 / (1 + p))
+    return jnp.where(unit.nonzero, jnp.exp(log_x), 0)
+
+
+def _newton(
+    cosines: jax.Array, log_scales: jax.Array, p: jax.Array, log_u: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the factor of the scaled Newton matrix, its scales, the residual, and `a`.
+
+    In units of `u` the matrix is ``H = U S C S U + p S^2 diag(u^(1-p))``. With ``1 / h`` the root
+    of its diagonal it is ``diag(1 - a^2) + a C a`` between two factors ``1 / h``, where
+    ``a = s u h`` lies between 0 and 1; nothing here over- or underflows.
+    """
+    log_ratio = jnp.log(p) - (1 + p) * log_u
+    log_a = -0.5 * jnp.logaddexp(jnp.zeros_like(log_ratio), log_ratio)
+    a = jnp.exp(log_a)
+    system = a[:, None] * cosines * a[None, :]
+    system += jnp.diag(jnp.exp(log_a * 2 + log_ratio) + ridge(cosines.dtype))
+    log_y = log_u + log_scales
+    residual = matmul(cosines, jnp.exp(log_y)) - jnp.exp(log_scales - p * log_u)
+    return lax.linalg.cholesky(system), jnp.exp(log_a - log_y), residual, a
+
+
+def _factor_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
+    right = lax.linalg.triangular_solve(factor, right[:, None], left_side=True, lower=True)
+    right = lax.linalg.triangular_solve(factor, right, left_side=True, lower=True, transpose_a=True)
+    return right[:, 0]
+
+
+@jax.custom_jvp
+def _solve(cosines: jax.Array, log_scales: jax.Array, p: jax.Array) -> jax.Array:
+    """Returns `log u`."""
+    return _search(cosines, log_scales, p)
+
+
+@_solve.defjvp
+def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # With t = log y = log u + log s: C y = exp((1 + p) log s - p t), and dy = y dt.
+    cosines, log_scales, p = primals
+    cosines_dot, log_scales_dot, p_dot = tangents
+    log_u = _solve(cosines, log_scales, p)
+    factor, scales, _, a = _newton(cosines, log_scales, p, log_u)
+    log_y = log_u + log_scales
+    pull = jnp.exp(log_scales - p * log_u)
+    moved = pull * ((1 + p) * log_scales_dot - p_dot * log_u)
+    moved = moved - matmul(cosines_dot, jnp.exp(log_y))
+    log_y_dot = _factor_solve(factor, a * moved) * scales
+    return log_u, log_y_dot - log_scales_dot
+
+
+@jax.jit  # So that calls outside of jit do not compile the loop anew.
+def _search(cosines: jax.Array, log_scales: jax.Array, p: jax.Array) -> jax.Array:
+    m = cosines.shape[0]
+    dtype = cosines.dtype
+    eps = jnp.finfo(dtype).eps
+    # With a ridge of eps a solution exists always, and is finite at stationary points.
+    cosines = cosines + eps * jnp.eye(m, dtype=dtype)
+
+    def step(carry: tuple) -> tuple:
+        count, log_u, last, _ = carry
+        factor, scales, residual, a = _newton(cosines, log_scales, p, log_u)
+        move = -_factor_solve(factor, a * residual) * scales
+        size = jnp.max(jnp.abs(move))
+        # How much the curvature changes depends on the relative size of the step alone.
+        log_u = log_u + move * jnp.minimum(1, _LONGEST_STEP / size)
+        # Rounding has the last word when steps are small and no longer shrink.
+        done = (size < 8 * eps) | ((size < 1e-2) & (size >= last)) | ~jnp.isfinite(size)
+        return count + 1, log_u, size, done
+
+    def unfinished(carry: tuple) -> jax.Array:
+        count, _, _, done = carry
+        return ~done & (count < _MAX_STEPS)
+
+    start = (0, jnp.zeros_like(log_scales), jnp.asarray(jnp.inf, dtype), jnp.asarray(False))
+    _, log_u, _, _ = lax.while_loop(unfinished, step, start)
+    return log_u

@@ -1,0 +1,141 @@
+"""Primary-constrained descent (PCD): one main objective, the others as constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
+from jaxjd.checks import as_vector, check_length, check_range, check_square
+from jaxjd.linalg.nonnegative_qp import nonnegative_qp
+from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.scaling import unit_diagonal
+
+
+class PCDState(NamedTuple):
+    """The state of `pcd`.
+
+    Attributes:
+      count: The number of calls with finite gradients, shape ``()``, int32.
+      squares: The moving average of the rows' squared lengths, shape ``(m,)``, zeros at first and
+        not yet corrected for that.
+
+    Example:
+      >>> import jaxjd
+      >>> jaxjd.weightings.pcd().init(3).squares.shape
+      (3,)
+    """
+
+    count: jax.Array
+    squares: jax.Array
+
+
+def pcd(
+    tau: float | jax.typing.ArrayLike = 0.02, beta: float = 0.999, eps: float = 1e-8
+) -> Weighting:
+    r"""PCD: follows the first task as closely as progress on all others allows.
+
+    With the rows :math:`\tilde g_i = g_i / \sqrt{\hat v_i}`, where :math:`\hat v_i` is the
+    bias-corrected moving average of :math:`\|g_i\|^2`,
+
+    .. math:: d = \arg\min_d \tfrac12 \|d - \tilde g_1\|^2 \quad \text{subject to} \quad
+              \tilde g_j^\top d \ge \tau_j \|\tilde g_j\|^2 \text{ for } j \ge 2, \qquad
+              J^\top w = \frac{\|g_1\|}{\|d\|} d
+
+    From "Primary-constrained descent" (2026, https://arxiv.org/abs/2606.29521). The quadratic
+    program is solved exactly. Where no `d` satisfies the constraints the update is :math:`g_1`;
+    where :math:`g_1 = 0` it is zero. A zero row constrains nothing.
+
+    Args:
+      tau: The progress :math:`\tau` wanted on the secondary tasks, in [0, 1]: a number, or one per
+        secondary task, shape ``(m - 1,)``.
+      beta: The rate of the moving average, in [0, 1).
+      eps: Added to :math:`\hat v`, relative to its mean over the tasks, so that the update scales
+        with the gradients; non-negative.
+
+    Returns:
+      A `Weighting` with state `PCDState`. Non-finite gradients give NaN weights and leave the state
+      as it is.
+
+    Raises:
+      ValueError: If an argument is out of range; in `init`, without `num_tasks`; in `update`, if
+        `tau` or the state belongs to another number of tasks.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> weighting = jaxjd.weightings.pcd()
+      >>> G = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, state = weighting.update(G, weighting.init(2))
+      >>> print([round(float(x), 3) for x in weights])
+      [1.848, 1.095]
+    """
+    levels = _check_tau(tau)
+    check_range("beta", beta, at_least=0, below=1)
+    check_range("eps", eps, at_least=0)
+
+    def init(num_tasks: int, params: PyTree | None = None) -> PCDState:
+        m = require_num_tasks(num_tasks, "pcd")
+        return PCDState(jnp.zeros((), jnp.int32), jnp.zeros((m,), weight_dtype(params)))
+
+    def update(stat: jax.Array, state: PCDState, **extra_args: Any) -> tuple[jax.Array, PCDState]:
+        m = check_square("gramian", stat)
+        check_length("state.squares", state.squares.shape[0], m)
+        dtype = stat.dtype
+        rate = jnp.asarray(beta, dtype)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        squares = rate * state.squares.astype(dtype) + (1 - rate) * jnp.diagonal(stat)
+        corrected = squares / (1 - rate**count)
+        corrected = corrected + jnp.asarray(eps, dtype) * jnp.mean(corrected)
+        scales = jnp.where(corrected > 0, 1 / jnp.sqrt(jnp.where(corrected > 0, corrected, 1)), 0)
+        if levels.ndim == 1:
+            check_length("tau", levels.shape[0], m - 1)
+        weights = _closest(stat, scales, jnp.broadcast_to(levels, (m - 1,)).astype(dtype))
+        finite = jnp.isfinite(stat).all()
+        state = PCDState(
+            count=jnp.where(finite, count, state.count),
+            squares=jnp.where(finite, squares.astype(state.squares.dtype), state.squares),
+        )
+        return jnp.where(finite, weights, jnp.nan), state
+
+    return Weighting(init, update)
+
+
+def _closest(gramian: jax.Array, scales: jax.Array, levels: jax.Array) -> jax.Array:
+    """Returns the weights of the direction, at the length of the first row."""
+    m = gramian.shape[0]
+    dtype = gramian.dtype
+    primary = jnp.zeros((m,), dtype).at[0].set(1)
+    unit = unit_diagonal(gramian)
+    weights = primary
+    if m > 1:
+        # d = g~_1 + sum x_j g_j / |g_j| over the secondary rows, with x >= 0.
+        cosines = unit.cosines[1:, 1:]
+        lengths = unit.lengths * scales
+        linear = unit.cosines[1:, 0] * lengths[0] - levels * lengths[1:]
+        x = nonnegative_qp(cosines, linear[None, :])[0]
+        # Without a solution x grows along a direction that the cosines do not see; what is left of
+        # the constraints then tells, unless it drowns in rounding.
+        eps = jnp.finfo(dtype).eps
+        tolerance = jnp.sqrt(eps) * jnp.max(jnp.abs(linear))
+        met = jnp.min(matmul(cosines, x) + linear) >= -tolerance
+        certain = eps * jnp.sum(x) <= tolerance
+        found = jnp.concatenate([scales[:1], x * unit.inverse_lengths[1:]])
+        weights = jnp.where(met & certain, found, primary)
+    relative = weights * unit.lengths
+    length = jnp.sqrt(jnp.maximum(relative @ matmul(unit.cosines, relative), 0))
+    factor = jnp.where(length > 0, unit.lengths[0] / jnp.where(length > 0, length, 1), 0)
+    return jnp.where(unit.nonzero[0], weights * factor, 0)
+
+
+def _check_tau(tau: Any) -> jax.Array:
+    if isinstance(tau, Sequence) and not isinstance(tau, str):
+        for j, level in enumerate(tau):
+            check_range(f"tau[{j}]", level, at_least=0, at_most=1)
+    if getattr(tau, "shape", None) == () or not hasattr(tau, "__len__"):
+        check_range("tau", tau, at_least=0, at_most=1)
+        return jnp.asarray(tau)
+    return as_vector("tau", tau)
