@@ -87,7 +87,7 @@ def nash_mtl(max_norm: float = 1.0, update_weights_every: int = 1) -> Weighting:
                 count=jnp.asarray(optax.safe_increment(state.count)),
                 weights=weights.astype(state.weights.dtype),
             )
-        norm = jnp.sqrt(jnp.maximum(weights @ matmul(stat, weights), 0))
+        norm = jnp.sqrt(jnp.maximum(matmul(weights, matmul(stat, weights)), 0))
         limit = jnp.asarray(max_norm, stat.dtype)
         clipped = (limit > 0) & (norm > limit)
         factor = jnp.where(clipped, limit / jnp.where(clipped, norm, 1), 1)

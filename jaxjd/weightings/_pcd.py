@@ -126,7 +126,7 @@ def _closest(gramian: jax.Array, scales: jax.Array, levels: jax.Array) -> jax.Ar
         found = jnp.concatenate([scales[:1], x * unit.inverse_lengths[1:]])
         weights = jnp.where(met & certain, found, primary)
     relative = weights * unit.lengths
-    length = jnp.sqrt(jnp.maximum(relative @ matmul(unit.cosines, relative), 0))
+    length = jnp.sqrt(jnp.maximum(matmul(relative, matmul(unit.cosines, relative)), 0))
     factor = jnp.where(length > 0, unit.lengths[0] / jnp.where(length > 0, length, 1), 0)
     return jnp.where(unit.nonzero[0], weights * factor, 0)
 
