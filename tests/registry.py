@@ -208,6 +208,14 @@ UNWEIGHTED = (
 """The methods that are aggregators only, by their public names."""
 
 VARIANTS = (
+    _wrapped("cagrad(rescale)", lambda: weightings.cagrad(0.5, rescale=1), unit=False),
+    _wrapped("mgda(loss+)", lambda: weightings.mgda("loss+"), losses=True),
+    _wrapped(
+        "nash_mtl(every 2)",
+        lambda: weightings.nash_mtl(update_weights_every=2),
+        homogeneous=False,
+        unit=False,
+    ),
     _wrapped("stch(warmup)", lambda: weightings.stch(warmup_steps=2)),
     _wrapped(
         "moco(simplex)",

@@ -72,13 +72,14 @@ def aligned_mtl(
     return weighted(weightings.aligned_mtl(pref_vector, scale_mode), num_tasks=num_tasks)
 
 
-def cagrad(c: float, *, num_tasks: int | None = None) -> Aggregator:
+def cagrad(c: float, rescale: Literal[0, 1, 2] = 0, *, num_tasks: int | None = None) -> Aggregator:
     r"""CAGrad: the best worst-case improvement in a ball around the mean row.
 
     See `jaxjd.weightings.cagrad` (Liu et al., NeurIPS 2021).
 
     Args:
       c: The radius of the ball, relative to the mean row, non-negative.
+      rescale: Divides the update by 1 (0), ``1 + c ** 2`` (1) or ``1 + c`` (2); static.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -95,7 +96,7 @@ def cagrad(c: float, *, num_tasks: int | None = None) -> Aggregator:
       >>> print([round(float(x), 4) for x in update])
       [0.1835, 1.2041, 1.2041]
     """
-    return weighted(weightings.cagrad(c), num_tasks=num_tasks)
+    return weighted(weightings.cagrad(c, rescale), num_tasks=num_tasks)
 
 
 def conflict_free(
@@ -393,12 +394,18 @@ def mean(*, num_tasks: int | None = None) -> Aggregator:
     return weighted(weightings.mean(), num_tasks=num_tasks)
 
 
-def mgda(*, num_tasks: int | None = None) -> Aggregator:
+def mgda(
+    normalization: Literal["none", "l2", "loss", "loss+"] = "none",
+    *,
+    num_tasks: int | None = None,
+) -> Aggregator:
     r"""MGDA: the point of smallest norm in the convex hull of the rows.
 
     See `jaxjd.weightings.mgda` (Désidéri, 2012).
 
     Args:
+      normalization: What the rows are divided by to find the weights: ``"none"``, ``"l2"``,
+        ``"loss"`` or ``"loss+"``; the last two read the extra argument ``losses``.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -415,7 +422,7 @@ def mgda(*, num_tasks: int | None = None) -> Aggregator:
       >>> print(jnp.round(update, 4))
       [0. 1. 1.]
     """
-    return weighted(weightings.mgda(), num_tasks=num_tasks)
+    return weighted(weightings.mgda(normalization), num_tasks=num_tasks)
 
 
 def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) -> Aggregator:

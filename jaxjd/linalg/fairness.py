@@ -11,6 +11,7 @@ from jaxjd.linalg.scaling import unit_diagonal
 
 _MAX_STEPS = 200
 _LONGEST_STEP = 2.0  # In the logarithm of an entry.
+_RIDGE = 16.0  # In units of the rounding errors of a Gramian, m eps.
 
 
 def fair_weights(gramian: jax.Array, power: jax.typing.ArrayLike) -> jax.Array:
@@ -30,8 +31,9 @@ def fair_weights(gramian: jax.Array, power: jax.typing.ArrayLike) -> jax.Array:
       power: The exponent `p`, positive, shape ``()``.
 
     Returns:
-      The solution, shape ``(m,)``; it is differentiable by the implicit function theorem. At a
-      strongly stationary point, where it does not exist, it is a large positive vector.
+      The solution, shape ``(m,)``; it is differentiable by the implicit function theorem. There is
+      none where no direction improves all rows. Then it is a large positive vector whose
+      combination vanishes to rounding at a strongly stationary point, and is never long.
     """
     dtype = gramian.dtype
     unit = unit_diagonal(gramian)
@@ -97,24 +99,30 @@ def _search(cosines: jax.Array, log_scales: jax.Array, p: jax.Array) -> jax.Arra
     m = cosines.shape[0]
     dtype = cosines.dtype
     eps = jnp.finfo(dtype).eps
-    # With a ridge of eps a solution exists always, and is finite at stationary points.
-    cosines = cosines + eps * jnp.eye(m, dtype=dtype)
+    # At a (weakly) stationary point there is no solution, and rounding makes `C` indefinite. With a
+    # ridge above the rounding errors there is one again; it is for entries of this height.
+    level = _RIDGE * m * eps
+    highest = -jnp.log(level) / (1 + p)
+    ridged = cosines + level * jnp.eye(m, dtype=dtype)
 
     def step(carry: tuple) -> tuple:
-        count, log_u, last, _ = carry
-        factor, scales, residual, a = _newton(cosines, log_scales, p, log_u)
+        count, log_u, last, singular, _ = carry
+        matrix = jnp.where(singular, ridged, cosines)
+        factor, scales, residual, a = _newton(matrix, log_scales, p, log_u)
         move = -_factor_solve(factor, a * residual) * scales
         size = jnp.max(jnp.abs(move))
         # How much the curvature changes depends on the relative size of the step alone.
         log_u = log_u + move * jnp.minimum(1, _LONGEST_STEP / size)
         # Rounding has the last word when steps are small and no longer shrink.
-        done = (size < 8 * eps) | ((size < 1e-2) & (size >= last)) | ~jnp.isfinite(size)
-        return count + 1, log_u, size, done
+        done = (size < 8 * eps) | ((size < 0.1) & (size >= last)) | ~jnp.isfinite(size)
+        too_high = jnp.max(log_u) > highest
+        return count + 1, log_u, size, singular | too_high, done & (singular | ~too_high)
 
     def unfinished(carry: tuple) -> jax.Array:
-        count, _, _, done = carry
+        count, _, _, _, done = carry
         return ~done & (count < _MAX_STEPS)
 
-    start = (0, jnp.zeros_like(log_scales), jnp.asarray(jnp.inf, dtype), jnp.asarray(False))
-    _, log_u, _, _ = lax.while_loop(unfinished, step, start)
+    false = jnp.asarray(False)
+    start = (0, jnp.zeros_like(log_scales), jnp.asarray(jnp.inf, dtype), false, false)
+    _, log_u, _, _, _ = lax.while_loop(unfinished, step, start)
     return log_u

@@ -67,31 +67,53 @@ def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return x, solve(-(linear_dot + matmul(x, cosines_dot)))
 
 
+def approximate(
+    cosines: jax.Array, linear: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Solves the programs to rounding of the gradient, without the polish and the derivatives.
+
+    Args:
+      cosines: `C` as for `nonnegative_qp`, shape ``(m, m)``.
+      linear: One linear term per row, shape ``(k, m)``, of order one.
+      start: A guess, non-negative, shape ``(k, m)``.
+
+    Returns:
+      The solutions, shape ``(k, m)``, and which of them took no factorization, shape ``(k,)``.
+    """
+    x, easy = descend(cosines, linear, start, _DESCENT_STEPS)
+    # A point that far away is (next to) a direction of recession: factorizations find it better.
+    easy = easy & (jnp.max(x, axis=1) <= _LARGE)
+
+    def factorize(carry: tuple) -> tuple:
+        x, solved = carry
+        return search(cosines, linear, x, ~solved)[0], jnp.ones_like(solved)
+
+    # A loop of at most one turn, and not a `cond`: under vmap a `cond` would take both branches.
+    x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, easy))
+    return x, easy
+
+
 @jax.jit  # So that calls outside of jit do not compile the loops anew.
 def _solve_exactly(cosines: jax.Array, linear: jax.Array) -> jax.Array:
     # In units of the largest entry, rounded to a power of two: exact, and no square underflows.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
     linear = jnp.ldexp(linear, -exponent)
-    descended, solved = descend(cosines, linear, jnp.maximum(-linear, 0), _DESCENT_STEPS)
-    # A point that far away is (next to) a direction of recession: factorizations find it better.
-    solved = solved & (jnp.max(descended, axis=1) <= _LARGE)
-    support = descended > 0
+    found, easy = approximate(cosines, linear, jnp.maximum(-linear, 0))
+    support = found > 0
     x = _polish(
         cosines,
         linear,
-        descended,
+        found,
         lambda b: conjugate_gradients(cosines, b, support, _POLISHING_STEPS),
     )
 
     def factorize(carry: tuple) -> tuple:
-        x, solved = carry
-        found, support = search(cosines, linear, descended, ~solved)
+        x, easy = carry
         solve = support_solver(cosines, support, refinements=3)
-        found = _polish(cosines, linear, found, solve)
-        return jnp.where(solved[:, None], x, found), jnp.ones_like(solved)
+        hard = _polish(cosines, linear, found, solve)
+        return jnp.where(easy[:, None], x, hard), jnp.ones_like(easy)
 
-    # A loop of at most one turn, and not a `cond`: under vmap a `cond` would take both branches.
-    x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, solved))
+    x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, easy))
     # NaN never compares, so it has to be put back.
     finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
     return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -59,17 +60,56 @@ def aligned_mtl(
         # The weights do not depend on the common scale; a unit scale cannot overflow.
         scale = jnp.max(jnp.diagonal(stat))
         zero = scale <= 0
-        values, vectors = jnp.linalg.eigh(stat / jnp.where(zero, 1, scale))
-        kept = values > values[-1] * m * jnp.finfo(stat.dtype).eps
-        rank = jnp.sum(kept)
-        if scale_mode == "rmse":
-            s = jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(rank, 1)
-        else:
-            # Eigenvalues are ascending: those kept are the last `rank`.
-            offset = (rank - 1) // 2 if scale_mode == "median" else 0
-            s = values[jnp.clip(m - rank + offset, 0, m - 1)]
-        ratios = jnp.where(kept, jnp.sqrt(s / jnp.where(kept, values, 1)), 0)
-        weights = matmul(vectors, ratios * matmul(vectors.T, p))
-        return jnp.where(zero, p, weights), state
+        normalized = stat / jnp.where(zero, 1, scale)
+        return jnp.where(zero, p, _align(normalized, p, scale_mode)), state
 
     return Weighting(stateless, update)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _align(gramian: jax.Array, p: jax.Array, scale_mode: str) -> jax.Array:
+    """Returns the weights for a Gramian that is not zero."""
+    values, vectors, kept, chosen = _decompose(gramian, scale_mode)
+    scale = jnp.sum(chosen * values)
+    ratios = jnp.where(kept, jnp.sqrt(scale / jnp.where(kept, values, 1)), 0)
+    return matmul(vectors, ratios * matmul(vectors.T, p))
+
+
+@_align.defjvp
+def _align_jvp(scale_mode: str, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # The derivative of a matrix function by divided differences, which equal eigenvalues do not
+    # harm (Daleckii and Krein). Differentiating the eigenvectors would divide by zero there.
+    gramian, p = primals
+    gramian_dot, p_dot = tangents
+    values, vectors, kept, chosen = _decompose(gramian, scale_mode)
+    roots = jnp.sqrt(jnp.where(kept, values, 1))
+    f = jnp.where(kept, 1 / roots, 0)
+    gaps = values[:, None] - values[None, :]
+    mixed = kept[:, None] != kept[None, :]
+    slopes = (f[:, None] - f[None, :]) / jnp.where(mixed, gaps, 1)
+    smooth = -1 / (roots[:, None] * roots[None, :] * (roots[:, None] + roots[None, :]))
+    both = kept[:, None] & kept[None, :]
+    slopes = jnp.where(both, smooth, jnp.where(mixed, slopes, 0))
+    turned = matmul(vectors.T, matmul((gramian_dot + gramian_dot.T) / 2, vectors))
+    scale = jnp.sum(chosen * values)
+    scale_dot = jnp.sum(chosen * jnp.diagonal(turned))
+    coordinates, coordinates_dot = matmul(vectors.T, p), matmul(vectors.T, p_dot)
+    moved = matmul(slopes * turned, coordinates) + f * coordinates_dot
+    root, unscaled = jnp.sqrt(scale), f * coordinates
+    weights = matmul(vectors, root * unscaled)
+    return weights, matmul(vectors, root * moved + scale_dot / (2 * root) * unscaled)
+
+
+def _decompose(gramian: jax.Array, scale_mode: str) -> tuple[jax.Array, ...]:
+    """Returns eigenvalues, eigenvectors, which are kept, and each one's part in the scale."""
+    m = gramian.shape[0]
+    values, vectors = jnp.linalg.eigh(gramian)
+    kept = values > values[-1] * m * jnp.finfo(gramian.dtype).eps
+    rank = jnp.maximum(jnp.sum(kept), 1)
+    if scale_mode == "rmse":
+        chosen = kept / rank
+    else:
+        # Eigenvalues are ascending: those kept are the last `rank`.
+        offset = (rank - 1) // 2 if scale_mode == "median" else 0
+        chosen = jnp.arange(m) == m - rank + offset
+    return values, vectors, kept, chosen.astype(gramian.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,15 @@ from jax import lax
 
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
-from jaxjd.linalg.nonnegative_qp import nonnegative_qp
+from jaxjd.linalg.nonnegative_qp import approximate, nonnegative_qp
+from jaxjd.linalg.pivoting import support_solver
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
 
 _MAX_STEPS = 40
 
 
-def cagrad(c: float) -> Weighting:
+def cagrad(c: float, rescale: Literal[0, 1, 2] = 0) -> Weighting:
     r"""CAGrad: the best worst-case improvement within a ball around the mean gradient.
 
     .. math:: d = \arg\max_{\|d - g_0\| \le c \|g_0\|} \min_i \langle g_i, d \rangle
@@ -27,19 +28,21 @@ def cagrad(c: float) -> Weighting:
     with the mean gradient :math:`g_0`. From Liu et al., "Conflict-Averse Gradient Descent for
     Multi-task Learning" (NeurIPS 2021, https://arxiv.org/abs/2110.14048). Stateless and exact: the
     worst improvement :math:`\mu` is found by Newton's method on the convex distance from
-    :math:`g_0` to :math:`\{d : J d \ge \mu\}`, so there is no `norm_eps`. The update is not
-    rescaled. Where no direction in the ball improves the worst task, for example at a
-    Pareto-stationary point with :math:`c \ge 1`, `d` is the closest point to :math:`g_0` that
-    worsens none.
+    :math:`g_0` to :math:`\{d : J d \ge \mu\}`, so there is no `norm_eps`. Where no direction in the
+    ball improves the worst task, for example at a Pareto-stationary point with :math:`c \ge 1`, `d`
+    is the closest point to :math:`g_0` that worsens none.
 
     Args:
       c: The radius of the ball in units of :math:`\|g_0\|`, non-negative. 0 gives the mean.
+      rescale: What the authors' code divides the update by: nothing (0, as in the paper),
+        :math:`1 + c^2` (1, its default) or :math:`1 + c` (2, its two-task example). Static.
 
     Returns:
       A `Weighting`.
 
     Raises:
-      ValueError: If `c` is negative; in `update`, if the Gramian is not ``(m, m)``.
+      ValueError: If `c` is negative or `rescale` none of the three; in `update`, if the Gramian is
+        not ``(m, m)``.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -49,6 +52,8 @@ def cagrad(c: float) -> Weighting:
       [0.7041 0.5   ]
     """
     check_range("c", c, at_least=0)
+    if rescale not in (0, 1, 2):
+        raise ValueError(f"`rescale` must be 0, 1 or 2, got {rescale!r}.")
 
     def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         m = check_square("gramian", stat)
@@ -57,23 +62,46 @@ def cagrad(c: float) -> Weighting:
         scale = jnp.where(longest > 0, longest, 1)
         mean = unit.lengths / scale / m
         improvement = matmul(unit.cosines, mean)  # <g_i, g_0> / |g_i|
-        radius = jnp.asarray(c, stat.dtype) * jnp.sqrt(jnp.maximum(matmul(mean, improvement), 0))
+        size = jnp.asarray(c, stat.dtype)
+        shrink = (1, 1 + size * size, 1 + size)[rescale]
+        radius = size * jnp.sqrt(jnp.maximum(matmul(mean, improvement), 0))
         inverse = unit.inverse_lengths * scale
-        x = _best_worst_case(unit.cosines, improvement, inverse, unit.nonzero, radius)
-        return (1 / m + x * inverse).astype(stat.dtype), state
+        x = _best_worst_case(unit.cosines, improvement, inverse, radius)
+        return ((1 / m + x * inverse) / shrink).astype(stat.dtype), state
 
     return Weighting(stateless, update)
 
 
-@jax.jit  # So that calls outside of jit do not compile the loop anew.
+@jax.custom_jvp
 def _best_worst_case(
-    cosines: jax.Array,
-    improvement: jax.Array,
-    inverse_lengths: jax.Array,
-    nonzero: jax.Array,
-    radius: jax.Array,
+    cosines: jax.Array, improvement: jax.Array, inverse_lengths: jax.Array, radius: jax.Array
 ) -> jax.Array:
-    r"""Finds the coefficients `x >= 0` of ``d - g_0`` in the unit rows.
+    """Finds the coefficients `x >= 0` of ``d - g_0`` in the unit rows, shape ``(m,)``."""
+    return _search(cosines, improvement, inverse_lengths, radius)[0]
+
+
+@_best_worst_case.defjvp
+def _best_worst_case_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # On the support S: C_SS x_S = (mu / |g| - <g, g_0> / |g|)_S and x^T C x = radius^2, two
+    # equations for dx and dmu. Where the radius is not reached, mu is at a bound and stays.
+    cosines, _, inverse_lengths, radius = primals
+    cosines_dot, improvement_dot, inverse_dot, radius_dot = tangents
+    x, mu, reached = _search(*primals)
+    solve = support_solver(cosines, x[None, :] > 0)
+    along = matmul(cosines_dot, x)
+    forced = mu * inverse_dot - improvement_dot - along
+    slope = jnp.sum(x * inverse_lengths)
+    moves = reached & (slope > 0)
+    mu_dot = radius * radius_dot - jnp.sum(x * (along / 2 + forced))
+    mu_dot = jnp.where(moves, mu_dot / jnp.where(moves, slope, 1), 0)
+    return x, solve((inverse_lengths * mu_dot + forced)[None, :])[0]
+
+
+@jax.jit  # So that calls outside of jit do not compile the loop anew.
+def _search(
+    cosines: jax.Array, improvement: jax.Array, inverse_lengths: jax.Array, radius: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""Finds `x`, the worst improvement ``mu``, and whether ``d - g_0`` is as long as the radius.
 
     For a worst improvement ``mu``, the point of ``{d : J d >= mu}`` closest to ``g_0`` is a
     nonnegative quadratic program; its distance is convex and increasing in ``mu``. The solution is
@@ -81,30 +109,32 @@ def _best_worst_case(
     """
     dtype = cosines.dtype
     eps = jnp.finfo(dtype).eps
+    nonzero = ~(inverse_lengths == 0)
 
-    def closest(mu: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = nonnegative_qp(cosines, (improvement - mu * inverse_lengths)[None, :])[0]
+    def distance_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Beyond the largest feasible mu, x runs off along a null direction of C: count it too.
         distance = jnp.sqrt(jnp.maximum(matmul(x, matmul(cosines, x)), 0) + 8 * eps * matmul(x, x))
         slope = matmul(x, inverse_lengths) / jnp.where(distance > 0, distance, 1)
-        return x, distance, slope
+        return distance, slope
 
     ratios = jnp.where(nonzero, improvement / jnp.where(nonzero, inverse_lengths, 1), jnp.inf)
     reach = radius / jnp.where(nonzero, inverse_lengths, 1)
-    low = jnp.min(ratios)
-    high = jnp.min(jnp.where(nonzero, ratios + reach, jnp.inf))
+    lowest = jnp.min(ratios)
+    highest = jnp.min(jnp.where(nonzero, ratios + reach, jnp.inf))
     # A zero row improves by zero whatever is done, so no more can be promised.
     any_zero = jnp.any(~nonzero)
-    low = jnp.where(any_zero, jnp.minimum(low, 0), low)
-    high = jnp.where(any_zero, jnp.minimum(high, 0), high)
+    lowest = jnp.where(any_zero, jnp.minimum(lowest, 0), lowest)
+    highest = jnp.where(any_zero, jnp.minimum(highest, 0), highest)
 
-    def unfinished(carry):
-        count, _, _, _, _, done = carry
+    def unfinished(carry: tuple) -> jax.Array:
+        count, _, _, _, _, _, done = carry
         return ~done & (count < _MAX_STEPS)
 
-    def newton(carry):
-        count, mu, low, high, _, _ = carry
-        x, distance, slope = closest(mu)
+    def newton(carry: tuple) -> tuple:
+        count, mu, low, high, x, _, _ = carry
+        linear = improvement - mu * inverse_lengths
+        x = approximate(cosines, linear[None, :], x[None, :])[0][0]
+        distance, slope = distance_of(x)
         excess = distance - radius
         low = jnp.where(excess <= 0, mu, low)
         high = jnp.where(excess > 0, mu, high)
@@ -115,9 +145,14 @@ def _best_worst_case(
         capped = (excess <= 0) & (mu >= high)
         stuck = high - low <= 2 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
         done = close | capped | stuck | ~jnp.isfinite(distance)
-        return count + 1, proposal.astype(dtype), low, high, x, done
+        proposal = jnp.where(done, mu, proposal).astype(dtype)
+        return count + 1, proposal, low, high, x, excess, done
 
-    start = (0, high, low, high, jnp.zeros_like(improvement), ~jnp.isfinite(high))
-    _, _, _, _, x, _ = lax.while_loop(unfinished, newton, start)
+    zero = jnp.zeros((), dtype)
+    start = (0, highest, lowest, highest, jnp.zeros_like(improvement), zero, ~jnp.isfinite(highest))
+    _, mu, _, _, _, _, _ = lax.while_loop(unfinished, newton, start)
+    x = nonnegative_qp(cosines, (improvement - mu * inverse_lengths)[None, :])[0]
+    distance, _ = distance_of(x)
+    reached = jnp.abs(distance - radius) <= jnp.sqrt(eps) * radius
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
-    return jnp.where(finite, x, jnp.nan)
+    return jnp.where(finite, x, jnp.nan), mu, reached

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_length, check_square
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.pseudo_inverse import solve
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 
@@ -56,7 +57,7 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
             check_length("pref_vector", pref_vector.shape[0], m)
             wanted = wanted * pref_vector.astype(stat.dtype)
         eps = m * jnp.finfo(stat.dtype).eps
-        x = matmul(jnp.linalg.pinv(unit.cosines, rtol=eps, hermitian=True), wanted)
+        x = solve(unit.cosines, wanted)
         # U^+ p = U^T x, of squared length x^T C x; its product with g_i is that with U times D.
         products = matmul(unit.cosines, x)
         square = jnp.sum(x * products)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_square
-from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.pseudo_inverse import solve
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -43,7 +43,7 @@ def imtl_g() -> Weighting:
         unit = unit_diagonal(stat)
         eps = jnp.finfo(stat.dtype).eps
         ones = unit.nonzero.astype(stat.dtype)
-        x = matmul(jnp.linalg.pinv(unit.cosines, rtol=m * eps, hermitian=True), ones)
+        x = solve(unit.cosines, ones)
         # The shortest row sets the unit, so that no scale overflows.
         shortest = jnp.min(jnp.where(unit.nonzero, unit.lengths, jnp.inf))
         v = x * unit.inverse_lengths * jnp.where(jnp.isfinite(shortest), shortest, 1)

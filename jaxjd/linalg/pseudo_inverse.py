@@ -1,0 +1,68 @@
+"""The pseudo-inverse of a positive semi-definite matrix with a unit diagonal."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxjd.linalg.precision import matmul
+
+
+@jax.custom_jvp
+def pseudo_inverse(cosines: jax.Array) -> jax.Array:
+    r"""Computes :math:`C^{+}`, with eigenvalues below :math:`m \epsilon \lambda_{max}` as zero.
+
+    A Cholesky factorization serves wherever it proves that no eigenvalue is near that bound,
+    :math:`\lambda_{min} \ge 1 / \operatorname{tr} C^{-1}`; an eigendecomposition, an order of
+    magnitude slower, wherever it does not.
+
+    Args:
+      cosines: `C`, positive semi-definite with a unit diagonal, shape ``(m, m)``.
+
+    Returns:
+      The pseudo-inverse, shape ``(m, m)``; NaN for non-finite input. Differentiable where the rank
+      is locally constant.
+    """
+    return _invert(cosines)
+
+
+@pseudo_inverse.defjvp
+def _pseudo_inverse_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # Golub and Pereyra (1973), for a symmetric matrix of locally constant rank.
+    (cosines,), (change,) = primals, tangents
+    inverse = pseudo_inverse(cosines)
+    outside = jnp.eye(cosines.shape[0], dtype=cosines.dtype) - matmul(inverse, cosines)
+    inside = -matmul(inverse, matmul(change, inverse))
+    turn = matmul(matmul(inverse, inverse), matmul(change.T, outside.T))
+    turned = matmul(outside, matmul(change.T, matmul(inverse, inverse)))
+    return inverse, inside + turn + turned
+
+
+@jax.jit  # So that calls outside of jit do not compile the loop anew.
+def _invert(cosines: jax.Array) -> jax.Array:
+    m = cosines.shape[0]
+    cutoff = m * jnp.finfo(cosines.dtype).eps
+    eye = jnp.eye(m, dtype=cosines.dtype)
+    factor = lax.linalg.cholesky(cosines)
+    root = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    # NaN, from a matrix that is not positive definite, fails the comparison.
+    regular = jnp.sum(root * root) <= 1e-2 / (cutoff * m)
+
+    def decompose(carry: tuple) -> tuple:
+        values, vectors = jnp.linalg.eigh(cosines)
+        kept = values > cutoff * values[-1]
+        inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+        return matmul(vectors * inverse[None, :], vectors.T), jnp.asarray(True)
+
+    # A loop of at most one turn, and not a `cond`: under vmap a `cond` would take both branches.
+    start = (matmul(root.T, root), regular)
+    inverse, _ = lax.while_loop(lambda carry: ~carry[1], decompose, start)
+    return jnp.where(jnp.isfinite(cosines).all(), inverse, jnp.nan)
+
+
+def solve(cosines: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns ``C^+ b``, shape ``(m,)``, refined once."""
+    inverse = pseudo_inverse(cosines)
+    x = matmul(inverse, right)
+    return x + matmul(inverse, right - matmul(cosines, x))
