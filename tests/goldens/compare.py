@@ -147,10 +147,11 @@ def _compiled(method: str, static: tuple[tuple[str, Any], ...]) -> Callable[...,
         return factory(**hyper, **dict(static))
 
     def call(inputs: jax.Array, state: Any, hyper: dict[str, jax.Array], drawn: Any) -> Any:
+        first = inputs[0] if inputs.ndim == 3 else inputs
         if method == "pcgrad":
             return project_conflicts(jaxjd.gramian(inputs), drawn), state
         if method == "gradvac":
-            return vaccinate(jaxjd.gramian(inputs), state, drawn, hyper["beta"], hyper["eps"])
+            return vaccinate(jaxjd.gramian(first), state, drawn, hyper["beta"], hyper["eps"])
         if method == "graddrop":
             from jaxjd.aggregators._graddrop import drop_signs
 
@@ -171,11 +172,11 @@ def _compiled(method: str, static: tuple[tuple[str, Any], ...]) -> Callable[...,
             return (weights, rows[0]), state
         weighting = make(hyper)
         if isinstance(weighting, jaxjd.JacobianWeighting):
-            stat = inputs
+            stat = first
         elif isinstance(weighting, jaxjd.CrossGramianWeighting):
             stat = jaxjd.cross_gramian(inputs[0], inputs[1])
         else:
-            stat = jaxjd.gramian(inputs[0] if inputs.ndim == 3 else inputs)
+            stat = jaxjd.gramian(first)
         return weighting.update(stat, state)
 
     def initial(inputs: jax.Array, hyper: dict[str, jax.Array]) -> Any:

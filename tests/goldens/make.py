@@ -38,7 +38,11 @@ STEPS = (2.0**-23, 2.0**-40)
 
 
 def perturbed(golden: Golden, stats: np.ndarray, step: float, probe: int) -> np.ndarray:
-    """Perturbs the statistic: every entry relative to the largest value that it could have."""
+    """Perturbs the statistic: every entry relative to the largest value that it could have.
+
+    The first perturbations of a Gramian are the worst for its smallest eigenvalue; the others and
+    those of other statistics are random.
+    """
     rng = np.random.default_rng(probe)
     if golden.stat == "jacobian":
         return stats * (1 + step * rng.uniform(-1, 1, stats.shape))
@@ -47,19 +51,29 @@ def perturbed(golden: Golden, stats: np.ndarray, step: float, probe: int) -> np.
         sizes = np.maximum(sizes, np.sqrt(np.max(np.abs(stats), axis=1))[:, :, None])
         noise = step * rng.uniform(-1, 1, stats.shape)
         return stats + noise * sizes * sizes.transpose(0, 2, 1)
-    return np.stack([_perturbed_factor(J.tobytes(), J.shape, step, probe) for J in stats])
+    return np.stack(
+        [_perturbed_factor(J.tobytes(), J.shape, step, probe, golden.normwise) for J in stats]
+    )
 
 
 @functools.cache
-def _perturbed_factor(data: bytes, shape: tuple, step: float, probe: int) -> np.ndarray:
+def _perturbed_factor(
+    data: bytes, shape: tuple, step: float, probe: int, normwise: bool
+) -> np.ndarray:
     """A factor of the perturbed Gramian, or of the closest semi-definite matrix."""
-    rng = np.random.default_rng(probe)
-    rows = oracles.Rows(np.frombuffer(data).reshape(shape))
-    noise = rng.uniform(-1, 1, rows.cosines.shape)
-    changed = rows.cosines.astype(np.float64) + step * (np.tril(noise) + np.tril(noise, -1).T)
-    values, vectors = np.linalg.eigh(changed)
-    factor = vectors * np.sqrt(np.maximum(values, 0))
-    return factor * rows.lengths[:, None].astype(np.float64)
+    J = np.frombuffer(data).reshape(shape)
+    rows = oracles.Rows(J)
+    matrix, scales = rows.cosines.astype(np.float64), rows.lengths.astype(np.float64)
+    if normwise:
+        largest = np.max(scales) or 1.0
+        matrix, scales = (J / largest) @ (J / largest).T, np.full(len(J), largest)
+    values, vectors = np.linalg.eigh(matrix)
+    signs = np.sign(vectors[:, np.argmax(values > 1e-12 * values[-1])])
+    worst = np.outer(signs, signs)
+    random = np.random.default_rng(probe).uniform(-1, 1, matrix.shape)
+    noise = [worst, -worst, np.tril(random) + np.tril(random, -1).T][probe]
+    values, vectors = np.linalg.eigh(matrix + step * noise)
+    return vectors * np.sqrt(np.maximum(values, 0)) * scales[:, None]
 
 
 def exact(golden: Golden, stats: np.ndarray, orders: np.ndarray | None, missing: bool):

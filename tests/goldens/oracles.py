@@ -353,13 +353,14 @@ def pcd_direction(J: np.ndarray, scales: np.ndarray, tau: np.ndarray) -> np.ndar
 
 
 def pcd(sequence: np.ndarray, tau: np.ndarray, beta: float, eps: float) -> np.ndarray:
-    """PCD's weights call by call."""
+    """PCD's weights call by call, with `eps` relative to the mean of the averages."""
     average = np.zeros(sequence.shape[1], WIDE)
     outputs = []
     for k, J in enumerate(sequence):
         squares = Rows(J).lengths ** 2
         average = beta * average + (1 - WIDE(beta)) * squares
-        root = np.sqrt(average / (1 - WIDE(beta) ** (k + 1)) + eps)
+        corrected = average / (1 - WIDE(beta) ** (k + 1))
+        root = np.sqrt(corrected + eps * np.mean(corrected))
         scales = np.where(root > 0, 1 / np.where(root > 0, root, 1), 0)
         outputs.append(pcd_direction(J, scales, np.asarray(tau, WIDE)))
     return np.stack(outputs)

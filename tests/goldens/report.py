@@ -44,7 +44,8 @@ def label(golden: Golden) -> str:
 
 def table() -> list[str]:
     lines = [
-        "| method | settings | oracle | cases | float64 | float32 | TorchJD, median | TorchJD, worst |",
+        "| method | settings | oracle | cases | float64 | float32 "
+        "| TorchJD, median | TorchJD, worst |",
         "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[Golden]] = {}
