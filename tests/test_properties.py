@@ -183,6 +183,9 @@ def generic(m: int, count: int, seed: int) -> list[np.ndarray]:
 QUADRATIC = ["cagrad(0)", "cagrad(0.5)", "cagrad(1)", "cagrad(2)", "dualproj", "mgda", "upgrad"]
 """Methods that solve a quadratic program; their error does not depend on its condition."""
 
+FAIR = ["fairgrad", "nash_mtl"]
+"""Methods whose equations have no solution at stationary points, so the weights are not unique."""
+
 CONTINUOUS = [name for name in CASES if name != "sdmgrad(10)"]
 """With SDMGrad's own learning rate, each inner step is close to a step function of its input."""
 
@@ -326,7 +329,8 @@ EQUIVARIANT = [
 @pytest.mark.parametrize("name", EQUIVARIANT)
 def test_the_order_of_the_tasks_does_not_matter(name):
     rng = np.random.default_rng(13)
-    jacobians = [*TYPICAL, *generic(4, 20, 1), *generic(9, 20, 2), *generic(20, 20, 3)]
+    typical = FAMILIES["free"] if name in FAIR else TYPICAL
+    jacobians = [*typical, *generic(4, 20, 1), *generic(9, 20, 2), *generic(20, 20, 3)]
     if name in QUADRATIC:  # Others decide on a rank, which is not continuous.
         jacobians += DEGENERATE.values()
     for m, group in by_rows(fitting(name, jacobians)).items():
@@ -401,6 +405,16 @@ def test_updates_vanish_only_at_stationary_points(name):
 def test_updates_vanish_at_strongly_stationary_points(name):
     results = evaluate(name, FAMILIES["strong"])
     assert (results.norm <= 1e-5 * results.terms).all()
+
+
+@pytest.mark.parametrize("name", FAIR)
+def test_fair_updates_vanish_at_strongly_stationary_points_and_are_never_long(name):
+    # For alpha = 1 the norm of the solution is sqrt(m), wherever there is one.
+    strong = evaluate(name, FAMILIES["strong"])
+    assert (strong.norm <= 0.03 * np.sqrt(strong.J.shape[1])).all()
+    for jacobians in by_rows(EVERYTHING).values():
+        results = evaluate(name, jacobians)
+        assert (results.norm <= np.sqrt(results.J.shape[1]) * (1 + 1e-4)).all()
 
 
 def test_mgda_vanishes_at_weakly_stationary_points():

@@ -11,7 +11,7 @@ from jaxjd.linalg.scaling import unit_diagonal
 
 _MAX_STEPS = 200
 _LONGEST_STEP = 2.0  # In the logarithm of an entry.
-_RIDGE = 16.0  # In units of the rounding errors of a Gramian, m eps.
+_RIDGE = 16.0  # In units of the rounding errors of a Gramian.
 
 
 def fair_weights(gramian: jax.Array, power: jax.typing.ArrayLike) -> jax.Array:
@@ -99,11 +99,12 @@ def _search(cosines: jax.Array, log_scales: jax.Array, p: jax.Array) -> jax.Arra
     m = cosines.shape[0]
     dtype = cosines.dtype
     eps = jnp.finfo(dtype).eps
-    # At a (weakly) stationary point there is no solution, and rounding makes `C` indefinite. With a
-    # ridge above the rounding errors there is one again; it is for entries of this height.
-    level = _RIDGE * m * eps
-    highest = -jnp.log(level) / (1 + p)
-    ridged = cosines + level * jnp.eye(m, dtype=dtype)
+    ridged = cosines + _RIDGE * m * eps * jnp.eye(m, dtype=dtype)
+
+    def cancels(log_u: jax.Array) -> jax.Array:
+        """Whether the combination, of squared length `sum s^2 u^(1 - p)`, is below rounding."""
+        square = jnp.sum(jnp.exp(2 * log_scales + (1 - p) * log_u))
+        return square < _RIDGE * eps * jnp.square(jnp.sum(jnp.exp(log_scales + log_u)))
 
     def step(carry: tuple) -> tuple:
         count, log_u, last, singular, _ = carry
@@ -114,9 +115,12 @@ def _search(cosines: jax.Array, log_scales: jax.Array, p: jax.Array) -> jax.Arra
         # How much the curvature changes depends on the relative size of the step alone.
         log_u = log_u + move * jnp.minimum(1, _LONGEST_STEP / size)
         # Rounding has the last word when steps are small and no longer shrink.
-        done = (size < 8 * eps) | ((size < 0.1) & (size >= last)) | ~jnp.isfinite(size)
-        too_high = jnp.max(log_u) > highest
-        return count + 1, log_u, size, singular | too_high, done & (singular | ~too_high)
+        small = size < 0.2 / (1 + p)
+        done = (size < 8 * eps) | (small & (size >= last)) | ~jnp.isfinite(size)
+        # At a (weakly) stationary point there is no solution, and rounding makes `C` indefinite.
+        # With a ridge above the rounding errors there is one again.
+        lost = cancels(log_u)
+        return count + 1, log_u, size, singular | lost, done & (singular | ~lost)
 
     def unfinished(carry: tuple) -> jax.Array:
         count, _, _, _, done = carry
