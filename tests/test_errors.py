@@ -224,6 +224,7 @@ NEEDS_NUM_TASKS = {
     "gradnorm": weightings.gradnorm,
     "gradvac": weightings.gradvac,
     "moco": weightings.moco,
+    "pcd": weightings.pcd,
     "sdmgrad": weightings.sdmgrad,
     "modo": weightings.modo,
     "excess_mtl": weightings.excess_mtl,
@@ -361,6 +362,12 @@ FACTORIES = [
         "`stch`",
     ),
     case(
+        "missing num_tasks: nash_mtl that keeps its weights",
+        lambda: jaxjd.nash_mtl(update_weights_every=2),
+        "num_tasks=",
+        "`nash_mtl`",
+    ),
+    case(
         "missing num_tasks: momentum_conflict_free",
         jaxjd.momentum_conflict_free,
         "num_tasks=",
@@ -447,6 +454,12 @@ RANGES = [
     ("db_mtl", weightings.db_mtl, {"beta_sigma": (-0.1,)}, ">= 0"),
     ("gradnorm", weightings.gradnorm, {"alpha": (-0.1,)}, ">= 0"),
     ("gradnorm", weightings.gradnorm, {"lr": (0.0, -0.1)}, "> 0"),
+    ("fairgrad", weightings.fairgrad, {"alpha": (-0.1, -1)}, ">= 0"),
+    ("nash_mtl", weightings.nash_mtl, {"max_norm": (-0.1,)}, ">= 0"),
+    ("nash_mtl", weightings.nash_mtl, {"update_weights_every": (0, -1)}, ">= 1"),
+    ("pcd", weightings.pcd, {"tau": (-0.1, 1.1)}, ">= 0 and <= 1"),
+    ("pcd", weightings.pcd, {"beta": (-0.1, 1.0)}, ">= 0 and < 1"),
+    ("pcd", weightings.pcd, {"eps": (-1e-8,)}, ">= 0"),
     ("momentum_conflict_free", MOMENTUM, {"b1": (-0.1, 1.0), "b2": (-0.1, 1.0)}, ">= 0 and < 1"),
     ("momentum_conflict_free", MOMENTUM, {"eps": (-0.1,)}, ">= 0"),
     ("projector", linalg.regularized_projector, {"norm_eps": (-1.0,)}, ">= 0"),
@@ -471,6 +484,10 @@ SCALARS = [
     ("db_mtl", weightings.db_mtl, "beta_sigma"),
     ("gradnorm", weightings.gradnorm, "alpha"),
     ("gradnorm", weightings.gradnorm, "lr"),
+    ("fairgrad", weightings.fairgrad, "alpha"),
+    ("nash_mtl", weightings.nash_mtl, "max_norm"),
+    ("pcd", weightings.pcd, "beta"),
+    ("pcd", weightings.pcd, "eps"),
     *(("momentum_conflict_free", MOMENTUM, parameter) for parameter in ("b1", "b2", "eps")),
     ("cr_mogm", lambda alpha: weightings.cr_mogm(UPGRAD, alpha), "alpha"),
     ("projector", linalg.regularized_projector, "reg_eps"),
@@ -520,6 +537,34 @@ HYPERPARAMETERS = [
         "`projection` must be one of",
         "'softmax'.*'simplex'",
         "got 'ball'",
+    ),
+    *(
+        case(
+            f"update_weights_every of nash_mtl: {every!r}",
+            lambda every=every: weightings.nash_mtl(update_weights_every=every),
+            "`update_weights_every` must be a static int",
+            f"got {kind}",
+        )
+        for every, kind in ((2.0, "float"), (True, "bool"), (jnp.ones((), int), "int32"))
+    ),
+    case(
+        "one entry of tau out of range",
+        lambda: weightings.pcd(tau=[0.5, -0.1]),
+        r"`tau\[1\]` must be >= 0 and <= 1",
+        "got -0.1",
+    ),
+    case(
+        "tau of another rank",
+        lambda: weightings.pcd(tau=jnp.ones((2, 1))),
+        "`tau` must be a vector",
+        r"got shape \(2, 1\)",
+    ),
+    case("tau that is no number", lambda: weightings.pcd(tau="large"), "`tau` must be", "'large'"),
+    case(
+        "tau of another length",
+        lambda: weigh(weightings.pcd(tau=[0.5, 0.5, 0.5]), EYE, weightings.pcd().init(3)),
+        "`tau` has 3 entries",
+        "2 secondary tasks",
     ),
     case(
         "leak of another rank",
@@ -612,6 +657,7 @@ HYPERPARAMETERS = [
 # Statistics and states
 
 LOSSES = jnp.ones(3)
+NASH_EVERY_2 = weightings.nash_mtl(update_weights_every=2)
 READS_JACOBIAN = {
     "db_mtl": weightings.db_mtl,
     "excess_mtl": weightings.excess_mtl,
@@ -687,6 +733,12 @@ STATS = [
     case(
         "state of another number of tasks: stch",
         lambda: weigh(weightings.stch(warmup_steps=2), EYE, weightings.stch(1.0, 2).init(2)),
+        "2 entries",
+        "3 tasks",
+    ),
+    case(
+        "state of another number of tasks: nash_mtl",
+        lambda: weigh(NASH_EVERY_2, EYE, NASH_EVERY_2.init(2)),
         "2 entries",
         "3 tasks",
     ),

@@ -73,7 +73,7 @@ def pcd(
       >>> print([round(float(x), 3) for x in weights])
       [1.848, 1.095]
     """
-    levels = _check_tau(tau)
+    tau = _check_tau(tau)
     check_range("beta", beta, at_least=0, below=1)
     check_range("eps", eps, at_least=0)
 
@@ -91,9 +91,12 @@ def pcd(
         corrected = squares / (1 - rate**count)
         corrected = corrected + jnp.asarray(eps, dtype) * jnp.mean(corrected)
         scales = jnp.where(corrected > 0, 1 / jnp.sqrt(jnp.where(corrected > 0, corrected, 1)), 0)
-        if levels.ndim == 1:
-            check_length("tau", levels.shape[0], m - 1)
-        weights = _closest(stat, scales, jnp.broadcast_to(levels, (m - 1,)).astype(dtype))
+        levels = jnp.asarray(tau, dtype)
+        if levels.ndim == 1 and levels.shape[0] != m - 1:
+            raise ValueError(
+                f"`tau` has {levels.shape[0]} entries, but there are {m - 1} secondary tasks."
+            )
+        weights = _closest(stat, scales, jnp.broadcast_to(levels, (m - 1,)))
         finite = jnp.isfinite(stat).all()
         state = PCDState(
             count=jnp.where(finite, count, state.count),
@@ -131,11 +134,11 @@ def _closest(gramian: jax.Array, scales: jax.Array, levels: jax.Array) -> jax.Ar
     return jnp.where(unit.nonzero[0], weights * factor, 0)
 
 
-def _check_tau(tau: Any) -> jax.Array:
+def _check_tau(tau: Any) -> Any:
     if isinstance(tau, Sequence) and not isinstance(tau, str):
         for j, level in enumerate(tau):
             check_range(f"tau[{j}]", level, at_least=0, at_most=1)
     if getattr(tau, "shape", None) == () or not hasattr(tau, "__len__"):
         check_range("tau", tau, at_least=0, at_most=1)
-        return jnp.asarray(tau)
+        return tau
     return as_vector("tau", tau)
