@@ -38,14 +38,16 @@ def fair_weights(gramian: jax.Array, power: jax.typing.ArrayLike) -> jax.Array:
     dtype = gramian.dtype
     unit = unit_diagonal(gramian)
     p = jnp.asarray(power, dtype)
-    # With lengths relative to the longest, x is in units of longest^(-2 / (1 + p)).
-    longest = jnp.max(unit.lengths)
-    longest = jnp.where(longest > 0, longest, 1)
-    log_lengths = jnp.log(jnp.where(unit.nonzero, unit.lengths / longest, 1))
+    # With lengths in units of 2^e, as long as the longest, x is in units of 2^(-2 e / (1 + p)).
+    _, exponent = jnp.frexp(lax.stop_gradient(jnp.max(unit.lengths)))
+    relative = jnp.ldexp(unit.lengths, -exponent)
+    log_lengths = jnp.log(jnp.where(unit.nonzero, relative, 1))
+    power_of_two = exponent * (-2 / (1 + p))
+    whole = lax.stop_gradient(jnp.round(power_of_two))
     log_scales = log_lengths * ((p - 1) / (p + 1))
     log_u = _solve(unit.cosines, log_scales, p)
-    log_x = log_u + log_scales - log_lengths - jnp.log(longest) * (2 / (1 + p))
-    return jnp.where(unit.nonzero, jnp.exp(log_x), 0)
+    x = jnp.exp(log_u + log_scales - log_lengths) * jnp.exp2(power_of_two - whole)
+    return jnp.where(unit.nonzero, jnp.ldexp(x, whole.astype(jnp.int32)), 0)
 
 
 def _newton(
