@@ -109,10 +109,12 @@ def _solve_exactly(cosines: jax.Array, linear: jax.Array) -> jax.Array:
 
     def factorize(carry: tuple) -> tuple:
         x, easy = carry
-        solve = support_solver(cosines, support, refinements=3)
-        hard = _polish(cosines, linear, found, solve)
+        solve = support_solver(cosines, x > 0, refinements=3)
+        hard = _polish(cosines, linear, x, solve)
         return jnp.where(easy[:, None], x, hard), jnp.ones_like(easy)
 
+    # The loop starts from what was found: XLA would take out of it what does not depend on `x`.
+    x = jnp.where(easy[:, None], x, found)
     x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, easy))
     # NaN never compares, so it has to be put back.
     finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()

@@ -46,17 +46,20 @@ def _invert(cosines: jax.Array) -> jax.Array:
     eye = jnp.eye(m, dtype=cosines.dtype)
     factor = lax.linalg.cholesky(cosines)
     root = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    # NaN, from a matrix that is not positive definite, fails the comparison.
-    regular = jnp.sum(root * root) <= 1e-2 / (cutoff * m)
+    # The largest row sum bounds the largest eigenvalue. NaN, from a matrix that is not positive
+    # definite, fails the comparison.
+    largest = jnp.max(jnp.sum(jnp.abs(cosines), axis=1))
+    regular = jnp.sum(root * root) * (10 * cutoff * largest) <= 1
 
     def decompose(carry: tuple) -> tuple:
-        values, vectors = jnp.linalg.eigh(cosines)
+        values, vectors = jnp.linalg.eigh(carry[0])
         kept = values > cutoff * values[-1]
         inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
         return matmul(vectors * inverse[None, :], vectors.T), jnp.asarray(True)
 
     # A loop of at most one turn, and not a `cond`: under vmap a `cond` would take both branches.
-    start = (matmul(root.T, root), regular)
+    # It starts from the matrix: XLA would take out of the loop what does not depend on its carry.
+    start = (jnp.where(regular, matmul(root.T, root), cosines), regular)
     inverse, _ = lax.while_loop(lambda carry: ~carry[1], decompose, start)
     return jnp.where(jnp.isfinite(cosines).all(), inverse, jnp.nan)
 
