@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jaxjd import linalg
 from jaxjd.linalg import nonnegative_qp as qp
 from jaxjd.linalg import pivoting
+from jaxjd.linalg.pseudo_inverse import pseudo_inverse
 
 project = jax.jit(linalg.project_onto_dual_cone)
 min_norm = jax.jit(linalg.min_norm_weights)
@@ -392,6 +393,52 @@ def test_the_search_ends_at_a_solution(problem):
     assert not unsolved.any(), [name for name, bad in zip(names, unsolved, strict=True) if bad]
     assert longest["wide"] <= pivoting._PIVOTING_STEPS
     assert max(longest.values()) <= 20 + m
+
+
+@pytest.mark.parametrize("problem", ["dual cone", "min norm"])
+def test_both_stages_find_the_same_solution(problem, monkeypatch):
+    m = 16
+    names, rows = zip(*degenerate_rows(m), strict=True)
+    rows = np.stack(rows)
+    cosines = np.einsum("kmn,kpn->kmp", rows, rows)
+    cosines[:, np.arange(m), np.arange(m)] = 1
+    # Both kinds of linear terms lie in the range of C, so that every problem is bounded.
+    linear = cosines / m if problem == "dual cone" else -cosines.sum(axis=2)[:, None, :]
+
+    def images(C, q):
+        x, easy = qp.approximate(C, q, jnp.maximum(-q, 0))
+        return qp._solve_exactly.__wrapped__(C, q) @ C, easy, x
+
+    with jax.enable_x64():
+        products, easy, _ = map(np.asarray, jax.jit(jax.vmap(images))(cosines, linear))
+        monkeypatch.setattr(qp, "_DESCENT_STEPS", 0)
+        factored, skipped, _ = map(
+            np.asarray, jax.jit(jax.vmap(lambda C, q: images(C, q)))(cosines, linear)
+        )
+    # Products are enough for the rows that a training step has, and for many others.
+    assert easy[[name == "wide" for name in names]].all()
+    assert 0.3 < easy.mean() < 1
+    assert skipped.mean() < easy.mean() / 2
+    # Of equal or dependent rows only the combination is unique, not the weights.
+    scale = np.abs(linear).max(axis=(1, 2), keepdims=True)
+    errors = np.max(np.abs(products - factored) / np.where(scale > 0, scale, 1), axis=(1, 2))
+    worst = {name: float(error) for name, error in zip(names, errors, strict=True)}
+    print(worst)
+    assert errors.max() <= 1e-9, worst
+
+
+@pytest.mark.parametrize("solver", ["nonnegative_qp", "pseudo_inverse"])
+def test_what_is_slow_stays_in_its_loop(solver):
+    # XLA moves what does not depend on a loop's carry in front of the loop, and runs it always.
+    eye = jnp.eye(6)
+    arguments = (eye, eye) if solver == "nonnegative_qp" else (eye,)
+    slow = "spotrf" if solver == "nonnegative_qp" else "ssyevd"
+    function = {"nonnegative_qp": qp.nonnegative_qp, "pseudo_inverse": pseudo_inverse}[solver]
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    if "lapack" not in text:
+        pytest.skip("not on CPU")
+    assert slow in text
+    assert slow not in text[text.index("ENTRY") :]
 
 
 def test_a_non_finite_row_of_u_stays_alone():

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_square, check_static_int
 
-
 _FEW = 8
 
 
