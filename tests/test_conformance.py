@@ -19,7 +19,6 @@ from tests import registry
 from tests.registry import AGGREGATORS, GROUPINGS, NAMED, UNWEIGHTED, WEIGHTINGS, M, Method, by_name
 
 all_aggregators = pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
-all_weightings = pytest.mark.parametrize("method", WEIGHTINGS, ids=by_name)
 
 
 def make_chain(method: Method) -> optax.GradientTransformationExtraArgs:
@@ -213,48 +212,6 @@ def test_inject_hyperparams(method):
     assert set(state.hyperparams) == set(method.hyperparameters)
     expected, _ = plain.update(jacobian, plain.init(params), params, **extra)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@all_weightings
-def test_vmap_over_jacobians_equals_a_loop(method):
-    weighting = method.weighting()
-    jacobians = random_jacobians(4)
-    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
-    state = weighting.init(M, params)
-
-    def weigh(jacobian):
-        stat, extra = method.stat_of(jacobian), method.extra_args(jacobian)
-        first, after = weighting.update(stat, state, **extra)
-        second, _ = weighting.update(stat, after, **extra)
-        return first, second
-
-    batched = jax.jit(jax.vmap(weigh))(jacobians)
-    single = jax.jit(weigh)
-    looped = [single(jax.tree.map(lambda x, i=i: x[i], jacobians)) for i in range(4)]
-    expected = jax.tree.map(lambda *rows: jnp.stack(rows), *looped)
-    chex.assert_trees_all_close(batched, expected, rtol=1e-4, atol=1e-5)
-    assert batched[0].shape == (4, M)
-
-
-@pytest.mark.parametrize(
-    "method", [method for method in NAMED if method.hyperparameters], ids=by_name
-)
-def test_vmap_over_hyperparameters_equals_a_loop(method):
-    factory = getattr(jaxjd.weightings, method.name)
-    jacobian = jax.tree.map(lambda x: x[0], random_jacobians(1))
-    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
-    name = next(iter(method.hyperparameters))
-    values = method.hyperparameters[name] * jnp.array([0.3, 0.6, 0.9])
-
-    def weigh(value):
-        weighting = factory(**{**method.required, **method.hyperparameters, name: value})
-        stat, extra = method.stat_of(jacobian), method.extra_args(jacobian)
-        _, state = weighting.update(stat, weighting.init(M, params), **extra)
-        return weighting.update(stat, state, **extra)[0]
-
-    batched = jax.jit(jax.vmap(weigh))(values)
-    looped = jnp.stack([weigh(float(value)) for value in values])
-    chex.assert_trees_all_close(batched, looped, rtol=1e-4, atol=1e-5)
 
 
 @all_aggregators
