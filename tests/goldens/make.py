@@ -40,8 +40,8 @@ STEPS = (2.0**-23, 2.0**-40)
 def perturbed(golden: Golden, stats: np.ndarray, step: float, probe: int) -> np.ndarray:
     """Perturbs the statistic: every entry relative to the largest value that it could have.
 
-    The first perturbations of a Gramian are the worst for its smallest eigenvalue; the others and
-    those of other statistics are random.
+    The first two perturbations of a Gramian are the worst for the smallest eigenvalue that is not
+    zero, and its eigenvector; the third and those of other statistics are random.
     """
     rng = np.random.default_rng(probe)
     if golden.stat == "jacobian":
@@ -68,10 +68,13 @@ def _perturbed_factor(
         largest = np.max(scales) or 1.0
         matrix, scales = (J / largest) @ (J / largest).T, np.full(len(J), largest)
     values, vectors = np.linalg.eigh(matrix)
-    signs = np.sign(vectors[:, np.argmax(values > 1e-12 * values[-1])])
+    first = np.argmax(values > 1e-12 * values[-1])
+    signs, null = np.sign(vectors[:, first]), np.sign(vectors[:, 0])
     worst = np.outer(signs, signs)
+    # The smallest eigenvalue but zero, the way it mixes with the null space if there is one.
+    other = -worst if first == 0 else (np.outer(signs, null) + np.outer(null, signs)) / 2
     random = np.random.default_rng(probe).uniform(-1, 1, matrix.shape)
-    noise = [worst, -worst, np.tril(random) + np.tril(random, -1).T][probe]
+    noise = [worst, other, np.tril(random) + np.tril(random, -1).T][probe]
     values, vectors = np.linalg.eigh(matrix + step * noise)
     return vectors * np.sqrt(np.maximum(values, 0)) * scales[:, None]
 

@@ -332,26 +332,46 @@ def error(golden: Golden, J: np.ndarray, found: np.ndarray, wanted: np.ndarray) 
         return relative(np.max(np.abs(difference)), np.max(np.abs(wanted)))
     if golden.measure == "ratio":
         return float(np.max(np.abs(difference / wanted)))
-    lengths = row_lengths(J)
-    update = _norm(difference @ J)
-    if golden.measure == "direction":
-        size = _norm(wanted @ J)
-        return relative(update, size if size > 0 else np.max(lengths))
+    if measures_update(golden, J):
+        return relative(_norm(difference @ J), size_of_update(golden, J, wanted))
     # Weights of zero rows are compared as they are.
-    lengths_or_one = np.where(lengths > 0, lengths, 1)
-    if golden.measure == "rows" or is_regular(J):
-        size = np.max(np.abs(wanted) * lengths_or_one)
-        return relative(np.max(np.abs(difference) * lengths_or_one), size)
-    if golden.measure == "projection":
-        return relative(update, golden.values(len(J))["pref_vector"] @ lengths)
-    if golden.measure == "min-norm":
-        shortest = np.min(lengths, initial=np.inf, where=lengths > 0)
-        return relative(update, shortest if np.isfinite(shortest) else 0)
-    if golden.measure == "cagrad":
+    lengths = row_lengths(J)
+    lengths = np.where(lengths > 0, lengths, 1)
+    return relative(np.max(np.abs(difference) * lengths), np.max(np.abs(wanted) * lengths))
+
+
+def measures_update(golden: Golden, J: np.ndarray) -> bool:
+    """Whether the update is compared, and not the weights."""
+    if golden.measure in ("projection", "min-norm", "cagrad", "primary"):
+        return not is_regular(J)
+    return golden.measure == "direction"
+
+
+def size_of_update(golden: Golden, J: np.ndarray, wanted: np.ndarray) -> float:
+    """What the error of an update is relative to; the longest row where that is zero."""
+    lengths = row_lengths(J)
+    if golden.measure == "direction":
+        size = _norm(np.asarray(wanted) @ J)
+    elif golden.measure == "projection":
+        size = golden.values(len(J))["pref_vector"] @ lengths
+    elif golden.measure == "min-norm":
+        size = np.min(lengths[lengths > 0], initial=np.inf)
+        size = size if np.isfinite(size) else 0
+    elif golden.measure == "cagrad":
         size = (1 + golden.values(len(J))["c"]) * _norm(uniform(len(J)) @ J)
-        return relative(update, size if size > 0 else np.max(lengths))
-    assert golden.measure == "primary"
-    return relative(update, lengths[0] if lengths[0] > 0 else np.max(lengths))
+    else:
+        assert golden.measure == "primary"
+        size = lengths[0]
+    return float(size if size > 0 else np.max(lengths))
+
+
+def rounding(golden: Golden, J: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
+    """The error that rounding the exact weights to the dtype may already make."""
+    eps = float(np.finfo(dtype).eps)
+    if not measures_update(golden, J):
+        return eps
+    size = size_of_update(golden, J, wanted)
+    return eps * float(np.abs(wanted) @ row_lengths(J)) / size if size > 0 else eps
 
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
@@ -361,11 +381,12 @@ HOPELESS = 0.1
 """From this bound on, the oracle says nothing about the dtype's result."""
 
 
-def bound(golden_change: float, dtype: str) -> float:
+def bound(change: float, rounded: float, dtype: str) -> float:
     """The error that is allowed: the tolerance, or what the conditioning permits.
 
-    `golden_change` is the change of the exact output, measured like the error, when the entries of
-    the statistic change by one unit of rounding of the dtype: the largest over the perturbations
-    that move the Gramian's smallest eigenvalue most and a random one.
+    `change` is the change of the exact output, measured like the error, when the entries of the
+    statistic change by one unit of rounding of the dtype: the largest over the perturbations that
+    move the Gramian's smallest eigenvalue or its eigenvector most and a random one. `rounded` is the error of the
+    exact weights in the dtype.
     """
-    return max(TOLERANCE[dtype], SAFETY * golden_change)
+    return max(TOLERANCE[dtype], SAFETY * change, SAFETY * rounded)

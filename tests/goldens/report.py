@@ -65,7 +65,7 @@ def table() -> list[str]:
             held, largest, loose, hopeless = 0, 0.0, 0, 0
             for golden in group:
                 for case, error in compare.errors(golden, dtype):
-                    allowed = case.bound(dtype)
+                    allowed = case.bound(golden, dtype)
                     if allowed <= TOLERANCE[dtype]:
                         held, largest = held + 1, max(largest, error)
                     elif allowed < HOPELESS:
