@@ -192,8 +192,7 @@ def _compiled(method: str, static: tuple[tuple[str, Any], ...]) -> Callable[...,
             return ()
         return make(hyper).init(m, params)
 
-    # What counts here is the time to compile. LLVM's optimizations would not change the results.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run(inputs: jax.Array, hyper: dict[str, jax.Array], drawn: Any) -> Any:
         def sequence(inputs: jax.Array, drawn: Any) -> Any:
             state = initial(inputs, hyper)

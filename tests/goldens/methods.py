@@ -385,8 +385,8 @@ def bound(change: float, rounded: float, dtype: str) -> float:
     """The error that is allowed: the tolerance, or what the conditioning permits.
 
     `change` is the change of the exact output, measured like the error, when the entries of the
-    statistic change by one unit of rounding of the dtype: the largest over the perturbations that
-    move the Gramian's smallest eigenvalue or its eigenvector most and a random one. `rounded` is the error of the
-    exact weights in the dtype.
+    statistic change by one unit of rounding of the dtype: the largest over perturbations that move
+    the Gramian's smallest eigenvalue or its eigenvector most, and a random one. `rounded` is the
+    error of the exact weights in the dtype.
     """
     return max(TOLERANCE[dtype], SAFETY * change, SAFETY * rounded)
