@@ -110,28 +110,30 @@ def pcd(
 def _closest(gramian: jax.Array, scales: jax.Array, levels: jax.Array) -> jax.Array:
     """Returns the weights of the direction, at the length of the first row."""
     m = gramian.shape[0]
-    dtype = gramian.dtype
-    primary = jnp.zeros((m,), dtype).at[0].set(1)
     unit = unit_diagonal(gramian)
-    weights = primary
-    if m > 1:
-        # d = g~_1 + sum x_j g_j / |g_j| over the secondary rows, with x >= 0.
-        cosines = unit.cosines[1:, 1:]
-        lengths = unit.lengths * scales
-        linear = unit.cosines[1:, 0] * lengths[0] - levels * lengths[1:]
-        x = nonnegative_qp(cosines, linear[None, :])[0]
-        # Without a solution x grows along a direction that the cosines do not see; what is left of
-        # the constraints then tells, unless it drowns in rounding.
-        eps = jnp.finfo(dtype).eps
-        tolerance = jnp.sqrt(eps) * jnp.max(jnp.abs(linear))
-        met = jnp.min(matmul(cosines, x) + linear) >= -tolerance
-        certain = eps * jnp.sum(x) <= tolerance
-        found = jnp.concatenate([scales[:1], x * unit.inverse_lengths[1:]])
-        weights = jnp.where(met & certain, found, primary)
-    relative = weights * unit.lengths
-    length = jnp.sqrt(jnp.maximum(matmul(relative, matmul(unit.cosines, relative)), 0))
-    factor = jnp.where(length > 0, unit.lengths[0] / jnp.where(length > 0, length, 1), 0)
-    return jnp.where(unit.nonzero[0], weights * factor, 0)
+    primary = jnp.zeros((m,), gramian.dtype).at[0].set(unit.nonzero[0].astype(gramian.dtype))
+    if m == 1:
+        return primary
+    # d = g~_1 + sum x_j g_j / |g_j| over the secondary rows, with x >= 0.
+    cosines, products = unit.cosines[1:, 1:], unit.cosines[1:, 0]
+    lengths = unit.lengths * scales
+    products, bounds = products * lengths[0], levels * lengths[1:]
+    linear = products - bounds
+    x = nonnegative_qp(cosines, linear[None, :])[0]
+    # Without a solution x grows along a combination of rows that is zero to rounding, and what is
+    # left of the constraints tells, unless it drowns in rounding.
+    eps = jnp.finfo(gramian.dtype).eps
+    total, change = jnp.sum(x), matmul(cosines, x)
+    tolerance = jnp.maximum(jnp.sqrt(eps) * jnp.max(jnp.abs(linear)), 4 * eps * total)
+    met = jnp.min(change + linear) >= -tolerance
+    met = met & (matmul(x, change) >= 4 * eps * jnp.square(total))
+    # In units of unit rows; a length below rounding is zero.
+    relative = jnp.concatenate([lengths[:1], x])
+    square = matmul(relative, matmul(unit.cosines, relative))
+    some = square > 4 * eps * jnp.square(jnp.sum(relative))
+    factor = jnp.where(some, unit.lengths[0] / jnp.sqrt(jnp.where(some, square, 1)), 0)
+    found = jnp.concatenate([scales[:1], x * unit.inverse_lengths[1:]]) * factor
+    return jnp.where(met & unit.nonzero[0], found, primary)
 
 
 def _check_tau(tau: Any) -> Any:
