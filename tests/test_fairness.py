@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxjd import weightings as W
-from tests.matrices import G_BASE, J_BASE, badly_scaled
+from tests.matrices import G_BASE, J_BASE, badly_scaled, not_stationary, strongly_stationary
 
 fair = jax.jit(lambda G, alpha: W.fairgrad(alpha).update(G, ())[0])
 nash = jax.jit(lambda G, max_norm: W.nash_mtl(max_norm).update(G, ())[0])
@@ -271,6 +271,20 @@ def test_pcd_at_the_edges(J, expected, scale):
     with jax.enable_x64(True):
         update = J.T @ pcd(J @ J.T, dtype="float64")
         np.testing.assert_allclose(update, expected, rtol=1e-10, atol=1e-12 * scale)
+
+
+def test_pcd_knows_whether_its_constraints_can_be_met():
+    rng = np.random.default_rng(85)
+    for _ in range(15):
+        primary = rng.standard_normal((1, 12))
+        lengths = 10 ** rng.uniform(-1, 1, (6, 1))
+        # A positive combination of the secondary rows is zero: they cannot all improve.
+        for rank in (2, 4):
+            J = np.vstack([primary, strongly_stationary(rng, 5, 12, rank)]) * lengths
+            np.testing.assert_array_equal(pcd(J @ J.T), np.eye(6)[0])
+        for rank in (1, 3, 5):
+            J = np.vstack([primary, not_stationary(rng, 5, 12, rank)]) * lengths
+            assert (J[1:] @ (J.T @ pcd(J @ J.T)) > 0).all()
 
 
 def test_pcd_scales_with_the_gradients():
