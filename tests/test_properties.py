@@ -25,6 +25,7 @@ from jaxjd.weightings._gradvac import vaccinate
 from jaxjd.weightings._pcgrad import project_conflicts
 from tests import matrices
 from tests.registry import NAMED, Method
+from tests.rounding import UNFUSED
 
 hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, max_examples=100, database=None
@@ -205,7 +206,7 @@ TOLERANCES = {
 
 def assert_close(name: str, a: np.ndarray, b: np.ndarray, results: Results) -> None:
     difference = np.linalg.norm(a - b, axis=1)
-    assert (difference <= TOLERANCES.get(name, 2e-6) * results.terms).all()
+    assert (difference <= UNFUSED * TOLERANCES.get(name, 2e-6) * results.terms).all()
 
 
 @pytest.mark.parametrize("name", CASES)

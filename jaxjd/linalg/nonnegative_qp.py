@@ -28,7 +28,7 @@ from jaxjd.linalg.precision import matmul
 
 _DESCENT_STEPS = 60
 _POLISHING_STEPS = 30
-_LARGE = 100.0  # Relative to the linear term.
+_LARGE = 2.0  # Relative to the linear term.
 _CHUNK_ELEMENTS = 1 << 25  # Elements of the stacked (k, m, m) systems that may exist at once.
 
 
@@ -54,7 +54,7 @@ def nonnegative_qp(cosines: jax.Array, linear: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _solve(cosines: jax.Array, linear: jax.Array) -> jax.Array:
-    return _solve_exactly(cosines, linear)
+    return solve_from(cosines, linear, jnp.maximum(-linear, 0))
 
 
 @_solve.defjvp
@@ -70,16 +70,7 @@ def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 def approximate(
     cosines: jax.Array, linear: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Solves the programs to rounding of the gradient, without the polish and the derivatives.
-
-    Args:
-      cosines: `C` as for `nonnegative_qp`, shape ``(m, m)``.
-      linear: One linear term per row, shape ``(k, m)``, of order one.
-      start: A guess, non-negative, shape ``(k, m)``.
-
-    Returns:
-      The solutions, shape ``(k, m)``, and which of them took no factorization, shape ``(k,)``.
-    """
+    """Returns solutions without the polish, and which of them took no factorization."""
     x, easy = descend(cosines, linear, start, _DESCENT_STEPS)
     # A point that far away is (next to) a direction of recession: factorizations find it better.
     easy = easy & (jnp.max(x, axis=1) <= _LARGE)
@@ -94,11 +85,24 @@ def approximate(
 
 
 @jax.jit  # So that calls outside of jit do not compile the loops anew.
-def _solve_exactly(cosines: jax.Array, linear: jax.Array) -> jax.Array:
+def solve_from(cosines: jax.Array, linear: jax.Array, start: jax.Array) -> jax.Array:
+    """`nonnegative_qp` from a guess, for solvers that call it in a loop; without derivatives.
+
+    Args:
+      cosines: `C`, shape ``(m, m)``.
+      linear: One linear term per row, shape ``(k, m)``.
+      start: A guess, non-negative, shape ``(k, m)``.
+
+    Returns:
+      The solutions, shape ``(k, m)``.
+    """
     # In units of the largest entry, rounded to a power of two: exact, and no square underflows.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
     linear = jnp.ldexp(linear, -exponent)
-    found, easy = approximate(cosines, linear, jnp.maximum(-linear, 0))
+    # From far away nothing would be found: rounding is relative to the point.
+    start = jnp.ldexp(start, -exponent)
+    near = jnp.max(start, axis=1, keepdims=True) <= 1
+    found, easy = approximate(cosines, linear, jnp.where(near, start, jnp.maximum(-linear, 0)))
     support = found > 0
     x = _polish(
         cosines,

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
-from jaxjd.linalg.nonnegative_qp import approximate, nonnegative_qp
+from jaxjd.linalg.nonnegative_qp import solve_from
 from jaxjd.linalg.pivoting import support_solver
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
@@ -133,7 +133,7 @@ def _search(
     def newton(carry: tuple) -> tuple:
         count, mu, low, high, x, _, _ = carry
         linear = improvement - mu * inverse_lengths
-        x = approximate(cosines, linear[None, :], x[None, :])[0][0]
+        x = solve_from(cosines, linear[None, :], x[None, :])[0]
         distance, slope = distance_of(x)
         excess = distance - radius
         low = jnp.where(excess <= 0, mu, low)
@@ -150,9 +150,7 @@ def _search(
 
     zero = jnp.zeros((), dtype)
     start = (0, highest, lowest, highest, jnp.zeros_like(improvement), zero, ~jnp.isfinite(highest))
-    _, mu, _, _, _, _, _ = lax.while_loop(unfinished, newton, start)
-    x = nonnegative_qp(cosines, (improvement - mu * inverse_lengths)[None, :])[0]
-    distance, _ = distance_of(x)
-    reached = jnp.abs(distance - radius) <= jnp.sqrt(eps) * radius
+    _, mu, _, _, x, excess, _ = lax.while_loop(unfinished, newton, start)
+    reached = jnp.abs(excess) <= jnp.sqrt(eps) * radius
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
     return jnp.where(finite, x, jnp.nan), mu, reached
