@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from jaxjd.aggregators._weighted import check_num_tasks
 from jaxjd.base import Aggregator, Jacobian, PyTree
 from jaxjd.checks import check_static_int
 from jaxjd.linalg.algebra import count_tasks, materialize
+
+_FEW = 4
 
 
 def trimmed_mean(trim_number: int, *, num_tasks: int | None = None) -> Aggregator:
@@ -69,12 +72,48 @@ def trimmed_mean(trim_number: int, *, num_tasks: int | None = None) -> Aggregato
 
         def trim(leaf: jax.Array) -> jax.Array:
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            kept = jnp.sort(materialize(leaf), axis=0)[trim_number : m - trim_number]
-            return jnp.mean(kept, axis=0, dtype=dtype).astype(leaf.dtype)
+            values = materialize(leaf)
+            total = _inner_sum(values, trim_number, dtype)
+            return (total / (m - 2 * trim_number)).astype(leaf.dtype)
 
         return jax.tree.map(trim, updates), state
 
     return Aggregator(init, update)  # type: ignore[arg-type]
+
+
+def _inner_sum(values: jax.Array, number: int, dtype: jnp.dtype) -> jax.Array:
+    """Sums each column without its `number` largest and smallest entries.
+
+    The extreme values so far are kept while the rows pass by, and what they push out is summed: no
+    full sort, which is an order of magnitude slower, and no difference of large sums.
+    """
+    if number == 0:
+        return jnp.sum(values, axis=0, dtype=dtype)
+    invalid = jnp.isnan(values)
+    values = jnp.where(invalid, jnp.inf, values)
+    first = list(values[: 2 * number])
+    if number <= _FEW:
+        for last in range(2 * number - 1, 0, -1):
+            for i in range(last):
+                low, high = first[i], first[i + 1]
+                first[i], first[i + 1] = jnp.minimum(low, high), jnp.maximum(low, high)
+    else:
+        first = list(jnp.sort(values[: 2 * number], axis=0))
+
+    def step(carry: tuple, row: jax.Array) -> tuple[tuple, None]:
+        lows, highs, total = carry
+        lows, highs = list(lows), list(highs)
+        for i in range(number):
+            lows[i], row = jnp.minimum(lows[i], row), jnp.maximum(lows[i], row)
+        for i in range(number):
+            highs[i], row = jnp.maximum(highs[i], row), jnp.minimum(highs[i], row)
+        return (lows, highs, total + row.astype(dtype)), None
+
+    # A multiple of a row has the row's sharding, which new zeros would not have.
+    zero = 0 * invalid[0].astype(dtype)
+    start = (first[:number], first[number:][::-1], zero)
+    (_, _, total), _ = lax.scan(step, start, values[2 * number :])
+    return jnp.where(jnp.sum(invalid, axis=0) > number, jnp.nan, total)
 
 
 def _check_rows(num_tasks: int, trim_number: int) -> None:
