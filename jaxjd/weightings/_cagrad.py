@@ -111,11 +111,12 @@ def _search(
     eps = jnp.finfo(dtype).eps
     nonzero = ~(inverse_lengths == 0)
 
-    def distance_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def squares_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Beyond the largest feasible mu, x runs off along a null direction of C: count it too.
-        distance = jnp.sqrt(jnp.maximum(matmul(x, matmul(cosines, x)), 0) + 8 * eps * matmul(x, x))
-        slope = matmul(x, inverse_lengths) / jnp.where(distance > 0, distance, 1)
-        return distance, slope
+        return jnp.maximum(matmul(x, matmul(cosines, x)), 0), 8 * eps * matmul(x, x)
+
+    def slope_of(x: jax.Array, distance: jax.Array) -> jax.Array:
+        return matmul(x, inverse_lengths) / jnp.where(distance > 0, distance, 1)
 
     ratios = jnp.where(nonzero, improvement / jnp.where(nonzero, inverse_lengths, 1), jnp.inf)
     reach = radius / jnp.where(nonzero, inverse_lengths, 1)
@@ -134,7 +135,8 @@ def _search(
         count, mu, low, high, x, _, _ = carry
         linear = improvement - mu * inverse_lengths
         x = solve_from(cosines, linear[None, :], x[None, :])[0]
-        distance, slope = distance_of(x)
+        distance = jnp.sqrt(sum(squares_of(x)))
+        slope = slope_of(x, distance)
         excess = distance - radius
         low = jnp.where(excess <= 0, mu, low)
         high = jnp.where(excess > 0, mu, high)
@@ -151,6 +153,23 @@ def _search(
     zero = jnp.zeros((), dtype)
     start = (0, highest, lowest, highest, jnp.zeros_like(improvement), zero, ~jnp.isfinite(highest))
     _, mu, _, _, x, excess, _ = lax.while_loop(unfinished, newton, start)
-    reached = jnp.abs(excess) <= jnp.sqrt(eps) * radius
+
+    # What was counted in addition is taken out by one step more. Where it is most of the distance,
+    # no mu > 0 is feasible: the hull of the rows holds zero, and the largest one is 0.
+    square, unseen = squares_of(x)
+    stationary = (mu > 0) & (unseen > 1e-2 * square)
+    distance = jnp.sqrt(square)
+    slope = slope_of(x, distance)
+    step = (radius - distance) / jnp.where(slope > 0, slope, 1)
+    better = jnp.where(stationary, 0, mu + jnp.where(slope > 0, step, 0))
+    corrected = solve_from(cosines, (improvement - better * inverse_lengths)[None, :], x[None, :])[
+        0
+    ]
+    miss = jnp.abs(jnp.sqrt(squares_of(corrected)[0]) - radius)
+    accepted = stationary | (miss < jnp.abs(distance - radius))
+    x = jnp.where(accepted, corrected, x)
+    mu = jnp.where(accepted, better, mu)
+    miss = jnp.abs(jnp.sqrt(squares_of(x)[0]) - radius)
+    reached = ~stationary & (miss <= jnp.sqrt(eps) * radius)
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
     return jnp.where(finite, x, jnp.nan), mu, reached

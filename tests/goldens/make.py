@@ -51,14 +51,13 @@ def perturbed(golden: Golden, stats: np.ndarray, step: float, probe: int) -> np.
         sizes = np.maximum(sizes, np.sqrt(np.max(np.abs(stats), axis=1))[:, :, None])
         noise = step * rng.uniform(-1, 1, stats.shape)
         return stats + noise * sizes * sizes.transpose(0, 2, 1)
-    return np.stack(
-        [_perturbed_factor(J.tobytes(), J.shape, step, probe, golden.normwise) for J in stats]
-    )
+    options = step, probe, golden.normwise, golden.fixed_rank
+    return np.stack([_perturbed_factor(J.tobytes(), J.shape, *options) for J in stats])
 
 
 @functools.cache
 def _perturbed_factor(
-    data: bytes, shape: tuple, step: float, probe: int, normwise: bool
+    data: bytes, shape: tuple, step: float, probe: int, normwise: bool, fixed_rank: bool
 ) -> np.ndarray:
     """A factor of the perturbed Gramian, or of the closest semi-definite matrix."""
     J = np.frombuffer(data).reshape(shape)
@@ -75,6 +74,9 @@ def _perturbed_factor(
     other = -worst if first == 0 else (np.outer(signs, null) + np.outer(null, signs)) / 2
     random = np.random.default_rng(probe).uniform(-1, 1, matrix.shape)
     noise = [worst, other, np.tril(random) + np.tril(random, -1).T][probe]
+    if fixed_rank:
+        basis = vectors[:, first:] if values[-1] > 0 else vectors[:, :0]
+        noise = basis @ (basis.T @ noise @ basis) @ basis.T
     values, vectors = np.linalg.eigh(matrix + step * noise)
     return vectors * np.sqrt(np.maximum(values, 0)) * scales[:, None]
 
