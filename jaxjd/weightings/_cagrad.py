@@ -128,11 +128,11 @@ def _search(
     highest = jnp.where(any_zero, jnp.minimum(highest, 0), highest)
 
     def unfinished(carry: tuple) -> jax.Array:
-        count, _, _, _, _, _, done = carry
+        count, _, _, _, _, done = carry
         return ~done & (count < _MAX_STEPS)
 
     def newton(carry: tuple) -> tuple:
-        count, mu, low, high, x, _, _ = carry
+        count, mu, low, high, x, _ = carry
         linear = improvement - mu * inverse_lengths
         x = solve_from(cosines, linear[None, :], x[None, :])[0]
         distance = jnp.sqrt(sum(squares_of(x)))
@@ -148,11 +148,10 @@ def _search(
         stuck = high - low <= 2 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
         done = close | capped | stuck | ~jnp.isfinite(distance)
         proposal = jnp.where(done, mu, proposal).astype(dtype)
-        return count + 1, proposal, low, high, x, excess, done
+        return count + 1, proposal, low, high, x, done
 
-    zero = jnp.zeros((), dtype)
-    start = (0, highest, lowest, highest, jnp.zeros_like(improvement), zero, ~jnp.isfinite(highest))
-    _, mu, _, _, x, excess, _ = lax.while_loop(unfinished, newton, start)
+    start = (0, highest, lowest, highest, jnp.zeros_like(improvement), ~jnp.isfinite(highest))
+    _, mu, _, _, x, _ = lax.while_loop(unfinished, newton, start)
 
     # What was counted in addition is taken out by one step more. Where it is most of the distance,
     # no mu > 0 is feasible: the hull of the rows holds zero, and the largest one is 0.
