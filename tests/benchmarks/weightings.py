@@ -254,7 +254,7 @@ def groups_seconds(seconds: float, groups: int = 200, m: int = 4) -> dict[str, f
     return {"groups": groups, "m": m, "ours": medians[0], "theirs": medians[1]}
 
 
-def measure(pair: Pair, m: int, seconds: float) -> dict[str, Any]:
+def measure(pair: Pair, m: int, seconds: float, scan: bool) -> dict[str, Any]:
     """One cell of the table."""
     inputs = make_inputs(m)
     ours, theirs = paired_medians((our_call(pair, m, inputs), their_call(pair, m, inputs)), seconds)
@@ -264,7 +264,7 @@ def measure(pair: Pair, m: int, seconds: float) -> dict[str, Any]:
         "ours": ours,
         "theirs": theirs,
         "ratio": theirs / ours,
-        "scan": scan_seconds(pair, m, inputs, seconds / 4),
+        "scan": scan_seconds(pair, m, inputs, seconds / 4) if scan else math.nan,
     }
 
 
@@ -282,6 +282,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these (default: all)")
     parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES))
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring per cell")
+    parser.add_argument(
+        "--scan",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure inside lax.scan as well",
+    )
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--async-dispatch", action="store_true", help="JAX's default dispatch")
     arguments = parser.parse_args()
@@ -295,7 +301,7 @@ def main() -> None:
             continue
         for m in sizes:
             if m >= pair.at_least:
-                cells.append(measure(pair, m, arguments.seconds))
+                cells.append(measure(pair, m, arguments.seconds, arguments.scan))
                 cell = cells[-1]
                 print(
                     f"{pair.name:18} m={m:<4} ours {cell['ours'] * 1e6:10.1f} us, "
