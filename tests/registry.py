@@ -208,7 +208,7 @@ UNWEIGHTED = (
 """The methods that are aggregators only, by their public names."""
 
 VARIANTS = (
-    _wrapped("cagrad(rescale)", lambda: weightings.cagrad(0.5, rescale=1), unit=False),
+    _wrapped("cagrad(rescale)", lambda: weightings.cagrad(0.5, rescale="square"), unit=False),
     _wrapped("mgda(loss+)", lambda: weightings.mgda("loss+"), losses=True),
     _wrapped(
         "nash_mtl(every 2)",

@@ -72,14 +72,16 @@ def aligned_mtl(
     return weighted(weightings.aligned_mtl(pref_vector, scale_mode), num_tasks=num_tasks)
 
 
-def cagrad(c: float, rescale: Literal[0, 1, 2] = 0, *, num_tasks: int | None = None) -> Aggregator:
+def cagrad(
+    c: float, rescale: Literal["none", "square", "linear"] = "none", *, num_tasks: int | None = None
+) -> Aggregator:
     r"""CAGrad: the best worst-case improvement in a ball around the mean row.
 
     See `jaxjd.weightings.cagrad` (Liu et al., NeurIPS 2021).
 
     Args:
       c: The radius of the ball, relative to the mean row, non-negative.
-      rescale: Divides the update by 1 (0), ``1 + c ** 2`` (1) or ``1 + c`` (2); static.
+      rescale: Divides the update by ``1 + c ** 2`` (``"square"``) or ``1 + c`` (``"linear"``).
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:

@@ -16,9 +16,10 @@ from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
 
 _MAX_STEPS = 40
+_RESCALE = ("none", "square", "linear")
 
 
-def cagrad(c: float, rescale: Literal[0, 1, 2] = 0) -> Weighting:
+def cagrad(c: float, rescale: Literal["none", "square", "linear"] = "none") -> Weighting:
     r"""CAGrad: the best worst-case improvement within a ball around the mean gradient.
 
     .. math:: d = \arg\max_{\|d - g_0\| \le c \|g_0\|} \min_i \langle g_i, d \rangle
@@ -34,8 +35,9 @@ def cagrad(c: float, rescale: Literal[0, 1, 2] = 0) -> Weighting:
 
     Args:
       c: The radius of the ball in units of :math:`\|g_0\|`, non-negative. 0 gives the mean.
-      rescale: What the authors' code divides the update by: nothing (0, as in the paper),
-        :math:`1 + c^2` (1, its default) or :math:`1 + c` (2, its two-task example). Static.
+      rescale: What the authors' code divides the update by: nothing (``"none"``, as in the paper),
+        :math:`1 + c^2` (``"square"``, its default) or :math:`1 + c` (``"linear"``, its two-task
+        example).
 
     Returns:
       A `Weighting`.
@@ -52,8 +54,8 @@ def cagrad(c: float, rescale: Literal[0, 1, 2] = 0) -> Weighting:
       [0.7041 0.5   ]
     """
     check_range("c", c, at_least=0)
-    if rescale not in (0, 1, 2):
-        raise ValueError(f"`rescale` must be 0, 1 or 2, got {rescale!r}.")
+    if rescale not in _RESCALE:
+        raise ValueError(f"`rescale` must be one of {_RESCALE}, got {rescale!r}.")
 
     def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         m = check_square("gramian", stat)
@@ -63,7 +65,7 @@ def cagrad(c: float, rescale: Literal[0, 1, 2] = 0) -> Weighting:
         mean = unit.lengths / scale / m
         improvement = matmul(unit.cosines, mean)  # <g_i, g_0> / |g_i|
         size = jnp.asarray(c, stat.dtype)
-        shrink = (1, 1 + size * size, 1 + size)[rescale]
+        shrink = (1, 1 + size * size, 1 + size)[_RESCALE.index(rescale)]
         radius = size * jnp.sqrt(jnp.maximum(matmul(mean, improvement), 0))
         inverse = unit.inverse_lengths * scale
         x = _best_worst_case(unit.cosines, improvement, inverse, radius)
