@@ -113,6 +113,10 @@ def _search(
     eps = jnp.finfo(dtype).eps
     nonzero = ~(inverse_lengths == 0)
 
+    def closest(mu: jax.Array, start: jax.Array) -> jax.Array:
+        linear = improvement - mu * inverse_lengths
+        return solve_from(cosines, linear[None, :], start[None, :])[0]
+
     def squares_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Beyond the largest feasible mu, x runs off along a null direction of C: count it too.
         return jnp.maximum(matmul(x, matmul(cosines, x)), 0), 8 * eps * matmul(x, x)
@@ -135,8 +139,7 @@ def _search(
 
     def newton(carry: tuple) -> tuple:
         count, mu, low, high, x, _ = carry
-        linear = improvement - mu * inverse_lengths
-        x = solve_from(cosines, linear[None, :], x[None, :])[0]
+        x = closest(mu, x)
         distance = jnp.sqrt(sum(squares_of(x)))
         slope = slope_of(x, distance)
         excess = distance - radius
@@ -163,14 +166,12 @@ def _search(
     slope = slope_of(x, distance)
     step = (radius - distance) / jnp.where(slope > 0, slope, 1)
     better = jnp.where(stationary, 0, mu + jnp.where(slope > 0, step, 0))
-    corrected = solve_from(cosines, (improvement - better * inverse_lengths)[None, :], x[None, :])[
-        0
-    ]
-    miss = jnp.abs(jnp.sqrt(squares_of(corrected)[0]) - radius)
-    accepted = stationary | (miss < jnp.abs(distance - radius))
+    corrected = closest(better, x)
+    miss, new_miss = (jnp.abs(d - radius) for d in (distance, jnp.sqrt(squares_of(corrected)[0])))
+    accepted = stationary | (new_miss < miss)
     x = jnp.where(accepted, corrected, x)
     mu = jnp.where(accepted, better, mu)
-    miss = jnp.abs(jnp.sqrt(squares_of(x)[0]) - radius)
+    miss = jnp.where(accepted, new_miss, miss)
     reached = ~stationary & (miss <= jnp.sqrt(eps) * radius)
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
     return jnp.where(finite, x, jnp.nan), mu, reached
