@@ -37,8 +37,12 @@ from jaxjd.aggregators import sum as sum  # noqa: A004
 from jaxjd.aggregators import trimmed_mean as trimmed_mean
 from jaxjd.aggregators import upgrad as upgrad
 from jaxjd.aggregators import weighted as weighted
+from jaxjd.autodiff import mtl_value_and_gramian as mtl_value_and_gramian
 from jaxjd.autodiff import mtl_value_and_jacobian as mtl_value_and_jacobian
+from jaxjd.autodiff import per_example_value_and_gramian as per_example_value_and_gramian
+from jaxjd.autodiff import per_example_value_and_jacobian as per_example_value_and_jacobian
 from jaxjd.autodiff import stack_tasks as stack_tasks
+from jaxjd.autodiff import value_and_gramian as value_and_gramian
 from jaxjd.autodiff import value_and_jacobian as value_and_jacobian
 from jaxjd.base import Aggregator as Aggregator
 from jaxjd.base import AggregatorState as AggregatorState
@@ -95,12 +99,15 @@ __all__ = [
     "moco",
     "modo",
     "momentum_conflict_free",
+    "mtl_value_and_gramian",
     "mtl_value_and_jacobian",
     "partition",
     "fairgrad",
     "nash_mtl",
     "pcd",
     "pcgrad",
+    "per_example_value_and_gramian",
+    "per_example_value_and_jacobian",
     "random",
     "scalarizers",
     "sdmgrad",
@@ -109,6 +116,7 @@ __all__ = [
     "sum",
     "trimmed_mean",
     "upgrad",
+    "value_and_gramian",
     "value_and_jacobian",
     "weighted",
     "weightings",

@@ -1,9 +1,212 @@
-"""Label trees for `jaxjd.partition` and `jaxjd.grouped`; the code is in `jaxjd.grouping.labels`."""
+r"""Label trees: which parameters are aggregated together.
 
-from jaxjd.grouping.labels import by_layer as by_layer
-from jaxjd.grouping.labels import by_network as by_network
-from jaxjd.grouping.labels import by_rules as by_rules
-from jaxjd.grouping.labels import by_tensor as by_tensor
-from jaxjd.grouping.labels import together as together
+A label tree is a pytree of strings with the structure of the parameters, or a prefix of it. The
+functions of this module take parameters and return one; pass the functions themselves to
+`jaxjd.partition` and `jaxjd.grouped`. `together`, `by_network`, `by_layer` and `by_tensor` are the
+four strategies of Gradient Vaccine (Wang et al., ICLR 2021): ``whole_model``, ``enc_dec``,
+``all_layer`` and ``all_matrix``.
+
+Labels come from the leaves' key paths: dictionary keys, attribute names and indices, joined by
+``/``. A name that holds a ``/`` itself is quoted, so that different paths never share a label. The
+``value`` that wraps a parameter in flax's nnx is left out, and so is a ``params`` collection that
+holds everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxjd.base import PyTree
+from jaxjd.checks import leaf_names, type_name
 
 __all__ = ["by_layer", "by_network", "by_rules", "by_tensor", "together"]
+
+_ROOT = "root"
+
+
+def together(params: PyTree) -> PyTree:
+    """Labels all parameters alike, ``"all"``.
+
+    Args:
+      params: Any pytree.
+
+    Returns:
+      A pytree of strings with the structure of `params`.
+
+    Example:
+      >>> import jaxjd
+      >>> jaxjd.labels.together({"encoder": {"w": 0.0}, "decoder": {"w": 0.0}})
+      {'decoder': {'w': 'all'}, 'encoder': {'w': 'all'}}
+    """
+    return jax.tree.map(lambda _: "all", params)
+
+
+def by_network(params: PyTree) -> PyTree:
+    """Labels every parameter by the top-level network that it is in, the first name of its path.
+
+    Of haiku's module names, which hold a whole path, it is the part before the first ``/``.
+
+    Args:
+      params: Any pytree.
+
+    Returns:
+      A pytree of strings with the structure of `params`.
+
+    Example:
+      >>> import jaxjd
+      >>> jaxjd.labels.by_network({"encoder": {"w": 0.0}, "decoder": {"w": 0.0}})
+      {'decoder': {'w': 'decoder'}, 'encoder': {'w': 'encoder'}}
+    """
+    return _label(params, lambda names: names[0].split("/")[0] if names else _ROOT)
+
+
+def by_layer(params: PyTree) -> PyTree:
+    """Labels every parameter by the layer that holds it, its path without the last name.
+
+    Args:
+      params: Any pytree.
+
+    Returns:
+      A pytree of strings with the structure of `params`.
+
+    Example:
+      >>> import jaxjd
+      >>> jaxjd.labels.by_layer({"encoder": [{"w": 0.0, "b": 0.0}, {"w": 0.0}]})
+      {'encoder': [{'b': 'encoder/0', 'w': 'encoder/0'}, {'w': 'encoder/1'}]}
+    """
+    return _label(params, lambda names: _join(names[:-1]))
+
+
+def by_tensor(params: PyTree) -> PyTree:
+    """Labels every parameter by its whole path: each tensor is a group of its own.
+
+    Args:
+      params: Any pytree.
+
+    Returns:
+      A pytree of strings with the structure of `params`.
+
+    Example:
+      >>> import jaxjd
+      >>> jaxjd.labels.by_tensor({"encoder": {"w": 0.0, "b": 0.0}})
+      {'encoder': {'b': 'encoder/b', 'w': 'encoder/w'}}
+    """
+    return _label(params, _join)
+
+
+def by_rules(
+    rules: Sequence[tuple[str, str]], default: str | None = None
+) -> Callable[[PyTree], PyTree]:
+    """Makes a function that labels every parameter by the first rule that its path matches.
+
+    Args:
+      rules: Pairs of a regular expression, searched for in the path (``"encoder/0/w"``), and a
+        label.
+      default: The label of what no rule matches.
+
+    Returns:
+      A function of the parameters that returns a label tree. It raises a `ValueError` that names
+      the path if no rule matches one and there is no default, or names a rule that no path
+      matches.
+
+    Raises:
+      ValueError: If the rules are not pairs of strings.
+
+    Example:
+      >>> import jaxjd
+      >>> rules = jaxjd.labels.by_rules([("^head", "heads"), ("", "trunk")])
+      >>> rules({"body": {"w": 0.0}, "head_1": {"w": 0.0}})
+      {'body': {'w': 'trunk'}, 'head_1': {'w': 'heads'}}
+    """
+    compiled = []
+    for rule in rules:
+        if not (
+            isinstance(rule, tuple) and len(rule) == 2 and all(isinstance(s, str) for s in rule)
+        ):
+            raise ValueError(f"`rules` must hold pairs (regular expression, label), got {rule!r}.")
+        try:
+            compiled.append((re.compile(rule[0]), rule[1]))
+        except re.error as error:
+            raise ValueError(f"`rules` has the invalid expression {rule[0]!r}: {error}.") from error
+
+    def label_by_rules(params: PyTree) -> PyTree:
+        used: set[int] = set()
+
+        def label(names: tuple[str, ...]) -> str:
+            path = "/".join(names)
+            for number, (expression, name) in enumerate(compiled):
+                if expression.search(path):
+                    used.add(number)
+                    return name
+            if default is None:
+                raise ValueError(
+                    f"Parameter leaf '{path}': no rule matches it and there is no default; the "
+                    f"rules are {[rule[0] for rule in rules]}."
+                )
+            return default
+
+        labels = _label(params, label)
+        matched_first = {number for number, _ in enumerate(compiled)} - used
+        if jax.tree.leaves(params):
+            for number in sorted(matched_first):
+                raise ValueError(
+                    f"The rule {rules[number][0]!r} labels no leaf: nothing matches it, or "
+                    "earlier rules take all that does."
+                )
+        return labels
+
+    return label_by_rules
+
+
+def resolve(labels: Any, params: PyTree) -> list[str]:
+    """Returns the label of every leaf of `params`, in tree order.
+
+    Args:
+      labels: A label tree, a prefix of one, or a function of `params` that returns either. A tree
+        is matched by its key paths, so that a plain dict labels a FrozenDict or an nnx.State too.
+      params: A pytree like the parameters; only its structure and shapes are used.
+
+    Raises:
+      ValueError: If a leaf has no label, or a label is not a string or belongs to no leaf.
+    """
+    # A module with a `__call__` is a label tree; only a callable leaf is a function.
+    if callable(labels) and jax.tree_util.all_leaves([labels]):
+        labels = labels(params)
+    wanted: dict[tuple[str, ...], str] = {}
+    for names, label in zip(leaf_names(labels), jax.tree.leaves(labels), strict=True):
+        if not isinstance(label, str):
+            name = "/".join(names) or _ROOT
+            raise ValueError(f"Label '{name}': expected a string, found {type_name(label)}.")
+        wanted[names] = label
+    leaves = leaf_names(params)
+    result, used = [], set()
+    for names in leaves:
+        for length in range(len(names), -1, -1):
+            if names[:length] in wanted:
+                used.add(names[:length])
+                result.append(wanted[names[:length]])
+                break
+        else:
+            raise ValueError(
+                f"Parameter leaf '{'/'.join(names)}' has no label; the label tree has "
+                f"{sorted('/'.join(names) for names in wanted)}."
+            )
+    if leaves:
+        for names in wanted.keys() - used:
+            raise ValueError(f"The label of '{'/'.join(names)}' belongs to no parameter leaf.")
+    return result
+
+
+def _join(names: tuple[str, ...]) -> str:
+    return "/".join(f"'{name}'" if "/" in name else name for name in names) or _ROOT
+
+
+def _label(params: PyTree, label: Callable[[tuple[str, ...]], str]) -> PyTree:
+    paths = leaf_names(params)
+    collection = bool(paths) and all(len(p) > 1 and p[0] == "params" for p in paths)
+    labels = [label(names[1:] if collection else names) for names in paths]
+    return jax.tree.unflatten(jax.tree.structure(params), labels)

@@ -24,9 +24,9 @@ BELOW = {
     "weightings": {"linalg", "base", "checks"},
     "scalarizers": {"linalg", "base", "checks"},
     "aggregators": {"weightings", "linalg", "base", "checks"},
-    "grouping": {"aggregators", "weightings", "linalg", "base", "checks"},
-    "autodiff": {"linalg", "base", "checks"},
-    "labels": {"grouping"},
+    "labels": {"base", "checks"},
+    "grouping": {"aggregators", "weightings", "labels", "linalg", "base", "checks"},
+    "autodiff": {"labels", "linalg", "base", "checks"},
     "demo": {"<public>"},
 }
 CORE_IMPORTS = {"jax", "optax", "jaxjd"} | set(sys.stdlib_module_names)

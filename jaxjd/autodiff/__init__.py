@@ -1,7 +1,23 @@
-"""Engines: functions that return losses together with their Jacobian."""
+"""Engines: functions that return losses together with their Jacobian or Gramian."""
 
+from jaxjd.autodiff._gramian import value_and_gramian as value_and_gramian
 from jaxjd.autodiff._jacobian import stack_tasks as stack_tasks
 from jaxjd.autodiff._jacobian import value_and_jacobian as value_and_jacobian
+from jaxjd.autodiff._mtl import mtl_value_and_gramian as mtl_value_and_gramian
 from jaxjd.autodiff._mtl import mtl_value_and_jacobian as mtl_value_and_jacobian
+from jaxjd.autodiff._per_example import (
+    per_example_value_and_gramian as per_example_value_and_gramian,
+)
+from jaxjd.autodiff._per_example import (
+    per_example_value_and_jacobian as per_example_value_and_jacobian,
+)
 
-__all__ = ["mtl_value_and_jacobian", "stack_tasks", "value_and_jacobian"]
+__all__ = [
+    "mtl_value_and_gramian",
+    "mtl_value_and_jacobian",
+    "per_example_value_and_gramian",
+    "per_example_value_and_jacobian",
+    "stack_tasks",
+    "value_and_gramian",
+    "value_and_jacobian",
+]

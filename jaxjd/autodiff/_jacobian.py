@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxjd.autodiff._forms import FORMS
+from jaxjd.autodiff._tapped import tapped_jacobian
+from jaxjd.autodiff._tasks import check_differentiable, pull_back_tasks, task_basis
 from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import check_static_int, path_name, type_name
+from jaxjd.checks import check_static_int, path_name
 
 
 def value_and_jacobian(
@@ -56,28 +58,23 @@ def value_and_jacobian(
       [[4. 4.]
        [2. 4.]]
     """
-    if form != "dense":
-        raise ValueError(f'`form` must be "dense", got {form!r}.')
+    check_form(form)
     if chunk_size is not None:
         chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
-    single = not isinstance(argnums, Sequence)
-    numbers: tuple[int, ...] = (argnums,) if single else tuple(argnums)  # type: ignore[arg-type]
-    if not numbers:
-        raise ValueError("`argnums` must name at least one argument, got none.")
+    numbers, single = check_argnums(argnums)
 
     def value_and_jacobian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Jacobian]:
-        positions = [_position(number, len(args)) for number in numbers]
-        chosen = [args[position] for position in positions]
+        losses_of, chosen = arguments(fn, numbers, args, kwargs)
         for arg in chosen:
             check_differentiable(arg)
 
-        def losses_of(*chosen_args: Any) -> Any:
-            full = list(args)
-            for position, arg in zip(positions, chosen_args, strict=True):
-                full[position] = arg
-            return fn(*full, **kwargs)
-
         aux = None
+        if form != "dense":
+            losses, aux, jacobians = tapped_jacobian(
+                losses_of, tuple(chosen), has_aux, chunk_size, form
+            )
+            jacobian = jacobians[0] if single else jacobians
+            return ((losses, aux) if has_aux else losses), jacobian
         if has_aux:
             losses, pull_back, aux = jax.vjp(losses_of, *chosen, has_aux=True)
         else:
@@ -138,6 +135,44 @@ def stack_tasks(jacobian: PyTree, losses: PyTree) -> Jacobian:
     return jax.tree.map_with_path(stack, *parts)
 
 
+def check_argnums(argnums: int | Sequence[int]) -> tuple[tuple[int, ...], bool]:
+    """Returns the numbers of the arguments, and whether it is a single one.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    if not isinstance(argnums, Sequence):
+        return (argnums,), True
+    if not argnums:
+        raise ValueError("`argnums` must name at least one argument, got none.")
+    return tuple(argnums), False
+
+
+def arguments(
+    fn: Callable[..., Any], numbers: Sequence[int], args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """Returns `fn` as a function of the chosen arguments only, and these."""
+    positions = [_position(number, len(args)) for number in numbers]
+
+    def losses_of(*chosen: Any) -> Any:
+        full = list(args)
+        for position, arg in zip(positions, chosen, strict=True):
+            full[position] = arg
+        return fn(*full, **kwargs)
+
+    return losses_of, [args[position] for position in positions]
+
+
+def check_form(form: str) -> None:
+    """Checks the name of a Jacobian's form.
+
+    Raises:
+      ValueError: If there is no such form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"`form` must be one of {FORMS}, got {form!r}.")
+
+
 def _is_shape(x: Any) -> bool:
     return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
 
@@ -148,53 +183,3 @@ def _position(number: int, num_args: int) -> int:
     if not -num_args <= number < num_args:
         raise ValueError(f"`argnums` has {number}, but there are {num_args} positional arguments.")
     return number % num_args
-
-
-def check_differentiable(params: PyTree) -> None:
-    """Checks that every leaf is a real floating point array.
-
-    Raises:
-      ValueError: If one is not; its path is named.
-    """
-    for path, leaf in jax.tree.leaves_with_path(params):
-        array = isinstance(leaf, (float, int)) or hasattr(leaf, "dtype")
-        if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"Parameter leaf '{path_name(path)}': expected a real floating point dtype, found "
-                f"{type_name(leaf)}. Pass it as another argument of the function."
-            )
-
-
-def task_basis(losses: PyTree) -> PyTree:
-    """Returns the `m` unit cotangents of the losses, stacked along a leading axis.
-
-    Raises:
-      ValueError: If a loss is not floating point or there are none.
-    """
-    leaves, treedef = jax.tree.flatten(losses)
-    for path, leaf in jax.tree.leaves_with_path(losses):
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"Loss '{path_name(path)}': expected a floating point array, found "
-                f"{type_name(leaf)}. With auxiliary output, pass has_aux=True."
-            )
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
-    m = sum(sizes)
-    if m == 0:
-        raise ValueError("The function returned no losses.")
-    basis, offset = [], 0
-    for leaf, size in zip(leaves, sizes, strict=True):
-        block = jnp.eye(m, size, k=-offset, dtype=leaf.dtype)
-        basis.append(block.reshape(m, *leaf.shape))
-        offset += size
-    return jax.tree.unflatten(treedef, basis)
-
-
-def pull_back_tasks(
-    pull_back: Callable[[Any], Any], cotangents: PyTree, chunk_size: int | None
-) -> Any:
-    """Pulls a stack of cotangents back, `chunk_size` at a time."""
-    m = jax.tree.leaves(cotangents)[0].shape[0]
-    if chunk_size is None or chunk_size >= m:
-        return jax.vmap(pull_back)(cotangents)
-    return lax.map(pull_back, cotangents, batch_size=chunk_size)

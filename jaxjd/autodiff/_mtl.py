@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.autodiff._jacobian import check_differentiable, pull_back_tasks, task_basis
-from jaxjd.base import Jacobian, PyTree
+from jaxjd.autodiff._tasks import check_differentiable, pull_back_tasks, task_basis
+from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_static_int, type_name
+from jaxjd.linalg.algebra import combine, gramian
 
 Heads = Callable[..., Any] | Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 
@@ -76,12 +77,93 @@ def mtl_value_and_jacobian(
       >>> updates["trunk"].shape
       (2, 3)
     """
-    if chunk_size is not None:
-        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    features_fn = _features(trunk_fn, heads_fn, has_aux, chunk_size)
 
     def mtl_fn(
         trunk_params: PyTree, heads_params: PyTree, *args: Any
     ) -> tuple[Any, tuple[Jacobian, PyTree]]:
+        values, trunk_back, cotangents, gradients = features_fn(trunk_params, heads_params, *args)
+        (jacobian,) = pull_back_tasks(trunk_back, cotangents, chunk_size)
+        return values, (jacobian, gradients)
+
+    return mtl_fn
+
+
+def mtl_value_and_gramian(
+    trunk_fn: Callable[..., Any],
+    heads_fn: Heads,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[Any, Gramian, Callable[[jax.Array], tuple[PyTree, PyTree]]]]:
+    r"""Returns a function that computes the Gramian of the tasks at the features, and a pullback.
+
+    .. math:: G_{ij} = \langle \nabla_z \ell_i, \nabla_z \ell_j \rangle
+
+    for the features :math:`z`. The trunk is differentiated once, whatever the number of tasks: a
+    step costs about as much as a gradient step. This is MGDA-UB of Sener and Koltun, "Multi-Task
+    Learning as Multi-Objective Optimization" (NeurIPS 2018, https://arxiv.org/abs/1810.04650), for
+    every weighting.
+
+    What is lost: the Gramian of the trunk's parameters is :math:`C C^\top` with rows :math:`C_i = \nabla_z \ell_i \, \partial z / \partial
+    \theta`, with the trunk's own Jacobian in between. Gradients that agree at the features can conflict at the parameters and
+    the other way round, so a method's guarantee for the parameters (that no loss increases, that
+    the norm is minimal) holds for the features only. Where the trunk's Jacobian has full row rank,
+    a combination is zero at the features if and only if it is at the parameters, so Pareto
+    stationary points are the same. For exact weights use `jaxjd.value_and_gramian`.
+
+    Args:
+      trunk_fn: As for `jaxjd.mtl_value_and_jacobian`.
+      heads_fn: As for `jaxjd.mtl_value_and_jacobian`.
+      has_aux: As for `jaxjd.mtl_value_and_jacobian`.
+      chunk_size: How many tasks a single function `heads_fn` is pulled back for at once.
+
+    Returns:
+      A function ``(trunk_params, heads_params, *args)`` that returns
+      ``(losses, gramian, pullback)``; with `has_aux`, ``((losses, (trunk_aux, heads_aux)), ...)``.
+      The Gramian has shape ``(m, m)``, tasks in tree order. ``pullback(weights)`` takes weights of
+      shape ``(m,)`` and returns ``(trunk_gradient, heads_gradients)``: the trunk's is weighted, and
+      the heads', as in `jaxjd.mtl_value_and_jacobian`, are the gradient of the sum of the losses.
+
+    Raises:
+      ValueError: As for `jaxjd.mtl_value_and_jacobian`; by the pullback, if there is not one weight
+        per task.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> trunk = lambda w, x: jnp.tanh(x @ w)
+      >>> head = lambda v, features, x: ((features @ v - 1.0) ** 2).mean()
+      >>> step_fn = jaxjd.mtl_value_and_gramian(trunk, [head, head])
+      >>> losses, gramian, pullback = step_fn(
+      ...     jnp.ones((2, 3)), [jnp.ones(3), -jnp.ones(3)], jnp.ones((4, 2))
+      ... )
+      >>> weights, _ = jaxjd.weightings.mgda().update(gramian, ())
+      >>> trunk_gradient, heads_gradients = pullback(weights)
+      >>> trunk_gradient.shape, heads_gradients[0].shape
+      ((2, 3), (3,))
+    """
+    features_fn = _features(trunk_fn, heads_fn, has_aux, chunk_size)
+
+    def mtl_fn(trunk_params: PyTree, heads_params: PyTree, *args: Any) -> tuple[Any, Any, Any]:
+        values, trunk_back, cotangents, gradients = features_fn(trunk_params, heads_params, *args)
+
+        def pullback(weights: jax.Array) -> tuple[PyTree, PyTree]:
+            return trunk_back(combine(weights, cotangents))[0], gradients
+
+        return values, gramian(cotangents), pullback
+
+    return mtl_fn
+
+
+def _features(
+    trunk_fn: Callable[..., Any], heads_fn: Heads, has_aux: bool, chunk_size: int | None
+) -> Callable[..., tuple[Any, Callable, Any, PyTree]]:
+    """What both engines start with: the heads differentiated, the trunk not yet."""
+    if chunk_size is not None:
+        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+
+    def features_fn(
+        trunk_params: PyTree, heads_params: PyTree, *args: Any
+    ) -> tuple[Any, Callable, Any, PyTree]:
         check_differentiable(trunk_params)
         check_differentiable(heads_params)
 
@@ -97,11 +179,10 @@ def mtl_value_and_jacobian(
         losses, heads_aux, cotangents, gradients = differentiate(
             heads_fn, heads_params, features, args, has_aux, chunk_size
         )
-        (jacobian,) = pull_back_tasks(trunk_back, cotangents, chunk_size)
         values = (losses, (trunk_aux, heads_aux)) if has_aux else losses
-        return values, (jacobian, gradients)
+        return values, trunk_back, cotangents, gradients
 
-    return mtl_fn
+    return features_fn
 
 
 def _each(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxjd.aggregators._weighted import check_num_tasks, read_stat, weighted
 from jaxjd.base import Aggregator, Jacobian, JacobianWeighting, PyTree, Weighting, weight_dtype
 from jaxjd.grouping._partition import skeleton
-from jaxjd.grouping.labels import resolve
+from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks
 
 

@@ -11,7 +11,7 @@ import optax
 
 from jaxjd.base import Aggregator, Jacobian, PyTree
 from jaxjd.checks import path_name, type_name
-from jaxjd.grouping.labels import resolve
+from jaxjd.labels import resolve
 
 
 class PartitionState(NamedTuple):

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_length, leaf_names, path_name, type_name
+from jaxjd.linalg.factored import FactoredLeaf
 
 # Signs of small inner products carry the conflict: TF32 and bfloat16 products would destroy them.
 _PRECISION = lax.Precision.HIGHEST
@@ -207,7 +208,11 @@ def materialize(jacobian: Jacobian) -> Jacobian:
       (2, 3)
     """
     count_tasks(jacobian)
-    return jax.tree.map(jnp.asarray, jacobian)
+    return jax.tree.map(_dense, jacobian)
+
+
+def _dense(leaf: Any) -> jax.Array:
+    return leaf.materialize() if isinstance(leaf, FactoredLeaf) else jnp.asarray(leaf)
 
 
 def _require_leaves(jacobian: Jacobian, name: str) -> None:
@@ -222,9 +227,15 @@ def _sum_of(products: Sequence[jax.Array]) -> jax.Array:
     return total
 
 
-def _leaf_product(leaf_1: jax.Array, leaf_2: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
+    if isinstance(leaf_1, FactoredLeaf) and leaf_1 is leaf_2:
+        return leaf_1.gramian(dtype)
+    if isinstance(leaf_1, FactoredLeaf) and isinstance(leaf_2, FactoredLeaf):
+        found = leaf_1.cross_gramian(leaf_2, dtype)
+        if found is not None:
+            return found
     axes = tuple(range(1, leaf_1.ndim))
-    leaf_1, leaf_2 = jnp.asarray(leaf_1), jnp.asarray(leaf_2)
+    leaf_1, leaf_2 = _dense(leaf_1), _dense(leaf_2)
     if leaf_1.dtype != leaf_2.dtype:
         leaf_1, leaf_2 = leaf_1.astype(dtype), leaf_2.astype(dtype)
     return lax.dot_general(
@@ -237,7 +248,9 @@ def _leaf_product(leaf_1: jax.Array, leaf_2: jax.Array, dtype: jnp.dtype) -> jax
     ).astype(dtype)
 
 
-def _leaf_combination(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+def _leaf_combination(weights: jax.Array, leaf: Any) -> jax.Array:
+    if isinstance(leaf, FactoredLeaf):
+        return leaf.combine(weights)
     leaf = jnp.asarray(leaf)
     dtype = jnp.result_type(jnp.float32, weights.dtype, leaf.dtype)
     spec = None

@@ -1,0 +1,241 @@
+"""Losses, their Gramian, and a pullback: an aggregated step without the Jacobian in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxjd.autodiff._jacobian import arguments, check_argnums, value_and_jacobian
+from jaxjd.autodiff._tasks import check_differentiable, task_basis
+from jaxjd.base import Gramian, Jacobian, PyTree
+from jaxjd.checks import check_length, check_static_int, type_name
+from jaxjd.labels import resolve
+from jaxjd.linalg.algebra import combine, count_tasks, gramian
+
+METHODS = ("auto", "dense", "factored", "vector_products")
+
+Pullback = Callable[[Any], PyTree]
+"""Takes weights, ``(m,)``, and returns the combination of the gradients."""
+
+
+def value_and_gramian(
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    method: str = "auto",
+    labels: Any = None,
+) -> Callable[..., tuple[Any, Any, Pullback]]:
+    r"""Returns a function that computes the losses, their Gramian, and a pullback.
+
+    .. math:: G = J J^\top, \qquad \text{pullback}(w) = J^\top w
+
+    With `jaxjd.weightings` in between it is an aggregated training step, in which the Jacobian need
+    not exist: for a kernel used as ``y = a @ W`` the Gramian of its gradients :math:`a^\top b_i`
+    comes from `a` and the cotangents :math:`b_i` at `y`, and so does their combination. One step
+    costs about ``(m + 2) / 3`` gradient steps where the Jacobian costs ``(2 m + 1) / 3`` and `m`
+    copies of the parameters. From Novak, Sohl-Dickstein and Schoenholz, "Fast Finite Width Neural
+    Tangent Kernel" (ICML 2022, https://arxiv.org/abs/2206.08720), applied to losses.
+
+    Args:
+      fn: A function that returns the losses, as for `jaxjd.value_and_jacobian`.
+      argnums: Which positional arguments to differentiate.
+      has_aux: Whether `fn` returns ``(losses, aux)``.
+      chunk_size: How many tasks are pulled back at once, at least 1; all by default, and one with
+        ``method="vector_products"``.
+      method: ``"auto"`` keeps each leaf of the Jacobian in the form that is cheaper for its shape,
+        ``"factored"`` keeps factors wherever there are any, and ``"dense"`` keeps arrays of shape
+        ``(m, *param.shape)``. ``"vector_products"`` takes one vector-Jacobian and one
+        Jacobian-vector product per task, in the memory of one gradient, and another backward pass
+        in the pullback: for when nothing else fits. Its products have the precision of those of
+        `fn`; the others take theirs in full precision.
+      labels: Groups of parameters, as for `jaxjd.partition`.
+
+    Returns:
+      A function of the arguments of `fn` that returns ``(losses, gramian, pullback)``, with
+      ``(losses, aux)`` in the place of the losses if `has_aux`. The Gramian has shape ``(m, m)``;
+      with `labels` it is a dict with one for each group. ``pullback(weights)`` takes weights of
+      shape ``(m,)``, with `labels` also a dict of such, and returns a pytree like the
+      differentiated argument. Like a factored leaf, it lives inside one traced step.
+
+    Raises:
+      ValueError: As for `jaxjd.value_and_jacobian`, and if a leaf has no label; by the pullback, if
+        the weights have the wrong shape or belong to other groups.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxjd
+      >>> def losses(params, x):
+      ...     y = jnp.tanh(x @ params["hidden"]) @ params["out"]
+      ...     return jnp.mean((y - jnp.array([[1.0, -1.0]])) ** 2, axis=0)
+      >>> params = {"hidden": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
+      >>> weighting = jaxjd.weightings.upgrad()
+      >>> @jax.jit
+      ... def step(params, x):
+      ...     values, gramian, pullback = jaxjd.value_and_gramian(losses)(params, x)
+      ...     weights, _ = weighting.update(gramian, weighting.init(2))
+      ...     return values, gramian, pullback(weights)
+      >>> values, gramian, gradient = step(params, jnp.ones((5, 3)))
+      >>> gramian.shape, gradient["hidden"].shape
+      ((2, 2), (3, 4))
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    numbers, single = check_argnums(argnums)
+    if chunk_size is not None:
+        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    if method == "vector_products":
+        return _by_vector_products(fn, numbers, single, has_aux, chunk_size or 1, labels)
+    engine = value_and_jacobian(fn, argnums, has_aux, chunk_size, form=method)
+
+    def value_and_gramian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
+        values, jacobian = engine(*args, **kwargs)
+        _, chosen = arguments(fn, numbers, args, kwargs)
+        groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
+        return values, groups.gramians(jacobian), groups.pullback(jacobian)
+
+    return value_and_gramian_fn
+
+
+class Groups(NamedTuple):
+    """Groups of parameters, each with its own Gramian.
+
+    Attributes:
+      found: The label of every leaf, or None without labels.
+    """
+
+    found: list[str] | None
+
+    @classmethod
+    def of(cls, labels: Any, params: PyTree) -> Groups:
+        return cls(None if labels is None else resolve(labels, params))
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(set(self.found or ()))
+
+    def cut(self, tree: PyTree, name: str, fill: Callable[[Any], Any] | None = None) -> list[Any]:
+        """The leaves of one group; with `fill`, all leaves with those of others replaced."""
+        pairs = zip(jax.tree.leaves(tree), self.found or (), strict=True)
+        if fill is None:
+            return [leaf for leaf, label in pairs if label == name]
+        return [leaf if label == name else fill(leaf) for leaf, label in pairs]
+
+    def gramians(self, jacobian: Jacobian) -> Gramian | dict[str, Gramian]:
+        if self.found is None:
+            return gramian(jacobian)
+        return {name: gramian(self.cut(jacobian, name)) for name in self.names}
+
+    def weights(self, weights: Any, num_tasks: int) -> Any:
+        """Checks weights; returns them, or with groups a dict of them."""
+        if self.found is None:
+            return _check_weights("weights", weights, num_tasks)
+        if not isinstance(weights, Mapping):
+            checked = _check_weights("weights", weights, num_tasks)
+            return dict.fromkeys(self.names, checked)
+        if sorted(weights) != self.names:
+            raise ValueError(
+                f"`weights` must have one entry per group, {self.names}, found {sorted(weights)}."
+            )
+        return {
+            name: _check_weights(f"weights[{name!r}]", value, num_tasks)
+            for name, value in weights.items()
+        }
+
+    def spread(self, weights: Any, num_tasks: int, pull_back: Callable) -> PyTree:
+        """Pulls back the weights of every group, and takes its leaves of the result."""
+        checked = self.weights(weights, num_tasks)
+        if self.found is None:
+            return pull_back(checked)
+        gradients = {name: pull_back(value) for name, value in checked.items()}
+        treedef = jax.tree.structure(gradients[self.names[0]])
+        leaves = {name: jax.tree.leaves(gradient) for name, gradient in gradients.items()}
+        chosen = [leaves[label][place] for place, label in enumerate(self.found)]
+        return jax.tree.unflatten(treedef, chosen)
+
+    def pullback(self, jacobian: Jacobian) -> Pullback:
+        num_tasks = count_tasks(jacobian)
+
+        def pullback(weights: Any) -> PyTree:
+            checked = self.weights(weights, num_tasks or 0)
+            if self.found is None:
+                return combine(checked, jacobian)
+            leaves, treedef = jax.tree.flatten(jacobian)
+            combined = [
+                combine(checked[label], leaf)
+                for leaf, label in zip(leaves, self.found, strict=True)
+            ]
+            return jax.tree.unflatten(treedef, combined)
+
+        return pullback
+
+
+def _check_weights(name: str, weights: Any, num_tasks: int) -> jax.Array:
+    if getattr(weights, "ndim", None) != 1:
+        raise ValueError(f"`{name}` must have shape (m,), got {type_name(weights)}.")
+    check_length(name, weights.shape[0], num_tasks)
+    return weights
+
+
+def _by_vector_products(
+    fn: Callable[..., Any],
+    numbers: tuple[int, ...],
+    single: bool,
+    has_aux: bool,
+    chunk_size: int,
+    labels: Any,
+) -> Callable[..., tuple[Any, Any, Pullback]]:
+    def value_and_gramian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
+        losses_of, chosen = arguments(fn, numbers, args, kwargs)
+        for arg in chosen:
+            check_differentiable(arg)
+        aux = None
+        if has_aux:
+            losses, push, aux = jax.linearize(losses_of, *chosen, has_aux=True)
+        else:
+            losses, push = jax.linearize(losses_of, *chosen)
+        basis = task_basis(losses)
+        pull = jax.linear_transpose(push, *chosen)
+        groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
+
+        def products(gradient: PyTree) -> jax.Array:
+            parts = jax.tree.leaves(push(*gradient))
+            return jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
+
+        def column(cotangent: PyTree) -> Any:
+            gradient = pull(cotangent)
+            if groups.found is None:
+                return products(gradient)
+            treedef = jax.tree.structure(gradient)
+            return {
+                name: products(
+                    jax.tree.unflatten(treedef, groups.cut(gradient, name, jnp.zeros_like))
+                )
+                for name in groups.names
+            }
+
+        gramians = lax.map(column, basis, batch_size=chunk_size)
+        # The two halves are rounded differently.
+        gramians = jax.tree.map(lambda matrix: (matrix + matrix.T) / 2, gramians)
+
+        def pull_back(weights: jax.Array) -> Any:
+            flat, treedef = jax.tree.flatten(losses)
+            cotangents, offset = [], 0
+            for leaf in flat:
+                part = weights[offset : offset + leaf.size]
+                cotangents.append(part.reshape(leaf.shape).astype(leaf.dtype))
+                offset += leaf.size
+            gradient = pull(jax.tree.unflatten(treedef, cotangents))
+            return gradient[0] if single else gradient
+
+        def pullback(weights: Any) -> PyTree:
+            m = sum(leaf.size for leaf in jax.tree.leaves(losses))
+            return groups.spread(weights, m, pull_back)
+
+        return ((losses, aux) if has_aux else losses), gramians, pullback
+
+    return value_and_gramian_fn

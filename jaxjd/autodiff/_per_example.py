@@ -1,0 +1,289 @@
+"""One loss per example (instance-wise risk minimization): all gradients in one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxjd.autodiff._gramian import Groups, Pullback
+from jaxjd.autodiff._jacobian import check_form
+from jaxjd.autodiff._tapped import Split, Traced, split, trace
+from jaxjd.autodiff._taps import evaluate
+from jaxjd.autodiff._tasks import check_differentiable
+from jaxjd.base import Jacobian, PyTree
+from jaxjd.checks import check_static_int, path_name, type_name
+from jaxjd.linalg.algebra import cross_gramian
+
+
+def per_example_value_and_jacobian(
+    fn: Callable[..., Any],
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    form: str = "dense",
+) -> Callable[..., tuple[Any, Jacobian]]:
+    """Returns a function that computes one loss per example and the Jacobian of all of them.
+
+    Each example's loss touches its own activations only, so one backward pass gives the cotangents
+    of all examples, and each layer's part of the Jacobian is one batched product of them with the
+    layer's inputs: no pass per example, and nothing of size batch times batch.
+
+    Args:
+      fn: ``fn(params, *example) -> loss``, a scalar, for one example without a batch axis. (A layer
+        that normalizes over the batch has no such function.)
+      has_aux: Whether `fn` returns ``(loss, aux)``.
+      chunk_size: How many examples are differentiated at once, at least 1; all by default.
+      form: As for `jaxjd.value_and_jacobian`: ``"dense"`` leaves have shape ``(B, *param.shape)``.
+
+    Returns:
+      A function ``(params, *batch)``, where every leaf of `batch` has a leading axis of size `B`.
+      It returns ``(losses, jacobian)`` with losses of shape ``(B,)`` and one row per example, or
+      ``((losses, aux), jacobian)``, where `aux` has a leading axis of size `B`.
+
+    Raises:
+      ValueError: If an option is out of range; when called, if a parameter is not floating point,
+        the leaves of the batch disagree about `B`, or the loss is not a floating point scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> loss = lambda w, x, y: (x @ w - y) ** 2
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 1.0])
+      >>> losses, jacobian = jaxjd.per_example_value_and_jacobian(loss)(jnp.ones(2), x, y)
+      >>> print(losses)
+      [0. 4.]
+      >>> print(jacobian)
+      [[0. 0.]
+       [4. 8.]]
+    """
+    check_form(form)
+    if chunk_size is not None:
+        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+
+    def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, Jacobian]:
+        engine = _Engine(fn, params, batch, has_aux, form)
+        losses, aux, jacobian = engine.run(batch, chunk_size)
+        return ((losses, aux) if has_aux else losses), jacobian
+
+    return per_example_fn
+
+
+def per_example_value_and_gramian(
+    fn: Callable[..., Any],
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    form: str = "auto",
+    labels: Any = None,
+) -> Callable[..., tuple[Any, Any, Pullback]]:
+    """Returns a function that computes one loss per example, their Gramian, and a pullback.
+
+    It is `jaxjd.value_and_gramian` for losses of which each touches the activations of its own
+    example only, at about the cost of a gradient step: one backward pass for all examples.
+
+    Args:
+      fn: As for `jaxjd.per_example_value_and_jacobian`.
+      has_aux: Whether `fn` returns ``(loss, aux)``.
+      chunk_size: How many examples are in memory at once, at least 1; all by default. With `k`
+        chunks there are ``k (k + 1) / 2`` backward passes over a chunk, since every pair of
+        examples has an inner product, and another gradient step in the pullback.
+      form: How each layer's part of the Jacobian is kept for the pullback, as for
+        `jaxjd.value_and_jacobian`.
+      labels: Groups of parameters, as for `jaxjd.value_and_gramian`.
+
+    Returns:
+      A function ``(params, *batch)`` that returns ``(losses, gramian, pullback)``, or
+      ``((losses, aux), gramian, pullback)``: losses of shape ``(B,)``, a Gramian of shape
+      ``(B, B)``, or a dict of them, and ``pullback(weights)``, a pytree like `params`.
+
+    Raises:
+      ValueError: As for `jaxjd.per_example_value_and_jacobian` and `jaxjd.value_and_gramian`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> loss = lambda w, x, y: (x @ w - y) ** 2
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([2.0, 1.0])
+      >>> step_fn = jaxjd.per_example_value_and_gramian(loss)
+      >>> losses, gramian, pullback = step_fn(jnp.ones(2), x, y)
+      >>> print(gramian)
+      [[ 4. -8.]
+       [-8. 80.]]
+      >>> print(pullback(jnp.array([1.0, 1.0])))
+      [2. 8.]
+    """
+    check_form(form)
+    if chunk_size is not None:
+        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+
+    def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, Any, Pullback]:
+        engine = _Engine(fn, params, batch, has_aux, form)
+        groups = Groups.of(labels, params)
+        if chunk_size is None or chunk_size >= engine.size:
+            losses, aux, jacobian = engine.run(batch, None)
+            found = groups.gramians(jacobian), groups.pullback(jacobian)
+        else:
+            losses, aux, *found = engine.run_in_chunks(batch, chunk_size, groups)
+        return ((losses, aux) if has_aux else losses), *found
+
+    return per_example_fn
+
+
+class _Engine:
+    """A traced per-example loss, and how its parameters are differentiated."""
+
+    def __init__(
+        self, fn: Callable[..., Any], params: PyTree, batch: tuple, has_aux: bool, form: str
+    ) -> None:
+        check_differentiable(params)
+        self.size = _batch_size(batch)
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+
+        def loss_of(params: PyTree, example: tuple) -> Any:
+            found = fn(params, *example)
+            loss = found[0] if has_aux else found
+            if getattr(loss, "shape", None) != ():
+                raise ValueError(
+                    f"The loss of an example must be a scalar, found {type_name(loss)}."
+                    + ("" if has_aux else " With auxiliary output, pass has_aux=True.")
+                )
+            return found
+
+        self.fn, self.params, self.has_aux = fn, params, has_aux
+        leaves, self.treedef = jax.tree.flatten(params)
+        self.leaves = [jnp.asarray(leaf) for leaf in leaves]
+        self.traced: Traced = trace(loss_of, (params, example), has_aux)
+        self.parts: Split = split(
+            self.traced, len(leaves), self.size, form, per_task=form != "dense"
+        )
+
+    def run(self, batch: tuple, chunk_size: int | None) -> tuple[Any, Any, Jacobian]:
+        """The losses, the auxiliary output and the Jacobian."""
+        jaxpr, parts = self.traced.jaxpr, self.parts
+        rest = {number: self.leaves[number] for number in parts.rest}
+
+        def one(example: list[jax.Array]) -> tuple:
+            def run(rest: dict, taps: dict) -> tuple[Any, Any]:
+                full = [rest.get(number, leaf) for number, leaf in enumerate(self.leaves)]
+                outputs, inputs = evaluate(
+                    jaxpr.jaxpr, jaxpr.consts, [*full, *example], parts.plan, taps
+                )
+                (loss,), aux = self.traced.split(outputs)
+                return loss, (aux, inputs)
+
+            loss, pull_back, (aux, inputs) = jax.vjp(run, rest, parts.zeros(), has_aux=True)
+            return loss, aux, inputs, *pull_back(jnp.ones_like(loss))
+
+        examples = jax.tree.leaves(batch)
+        if chunk_size is None or chunk_size >= self.size:
+            found = jax.vmap(one)(examples)
+        else:
+            found = lax.map(one, examples, batch_size=chunk_size)
+        losses, aux, inputs, dense, cotangents = found
+        jacobian = [
+            dense[number]
+            if number in dense
+            else parts.leaf(number, inputs[number], cotangents[number], per_task=True)
+            for number in range(len(self.leaves))
+        ]
+        losses, aux = jax.tree.unflatten(self.traced.outputs, [losses, *aux])
+        return losses, aux, jax.tree.unflatten(self.treedef, jacobian)
+
+    def run_in_chunks(self, batch: tuple, chunk_size: int, groups: Groups) -> tuple:
+        """The losses, the auxiliary output, the Gramian and the pullback."""
+        size, count = self.size, -(-self.size // chunk_size)
+        short = count * chunk_size - size
+
+        def parts_of(tree: PyTree) -> PyTree:
+            def cut(array: jax.Array) -> jax.Array:
+                filler = jnp.broadcast_to(array[:1], (short, *array.shape[1:]))
+                array = jnp.concatenate([array, filler])
+                return array.reshape(count, chunk_size, *array.shape[1:])
+
+            return jax.tree.map(cut, tree)
+
+        def whole(array: jax.Array) -> jax.Array:
+            return array.reshape(count * chunk_size, *array.shape[2:])[:size]
+
+        chunks = parts_of(batch)
+        numbers = jnp.arange(count)
+
+        def products(jacobian_1: Jacobian, jacobian_2: Jacobian) -> Any:
+            if groups.found is None:
+                return cross_gramian(jacobian_1, jacobian_2)
+            return {
+                name: cross_gramian(groups.cut(jacobian_1, name), groups.cut(jacobian_2, name))
+                for name in groups.names
+            }
+
+        def block_row(pair: tuple[jax.Array, tuple]) -> tuple:
+            row, chunk = pair
+            losses, aux, jacobian = self.run(chunk, None)
+            own = groups.gramians(jacobian)
+
+            def block(pair: tuple[jax.Array, tuple]) -> Any:
+                column, chunk = pair
+                return lax.cond(
+                    column > row,
+                    lambda: products(jacobian, self.run(chunk, None)[2]),
+                    # Half of each block of the diagonal: the other is added below.
+                    lambda: jax.tree.map(
+                        lambda matrix: jnp.where(column == row, matrix / 2, 0), own
+                    ),
+                )
+
+            return losses, aux, lax.map(block, (numbers, chunks))
+
+        losses, aux, blocks = lax.map(block_row, (numbers, chunks))
+
+        def assemble(blocks: jax.Array) -> jax.Array:
+            total = count * chunk_size
+            upper = blocks.transpose(0, 2, 1, 3).reshape(total, total)[:size, :size]
+            return upper + upper.T
+
+        def pull_back(weights: jax.Array) -> PyTree:
+            def add(total: PyTree, part: tuple) -> tuple[PyTree, None]:
+                weights, chunk = part
+
+                def weighted(params: PyTree) -> jax.Array:
+                    found = jax.vmap(lambda example: self.fn(params, *example))(chunk)
+                    losses = found[0] if self.has_aux else found
+                    return jnp.vdot(weights.astype(losses.dtype), losses)
+
+                return jax.tree.map(jnp.add, total, jax.grad(weighted)(self.params)), None
+
+            padded = jnp.concatenate([weights, jnp.zeros((short,), weights.dtype)])
+            zeros = jax.tree.unflatten(self.treedef, map(jnp.zeros_like, self.leaves))
+            parts = (padded.reshape(count, chunk_size), chunks)
+            return lax.scan(add, zeros, parts)[0]
+
+        def pullback(weights: Any) -> PyTree:
+            return groups.spread(weights, size, pull_back)
+
+        return (
+            whole(losses),
+            jax.tree.map(whole, aux),
+            jax.tree.map(assemble, blocks),
+            pullback,
+        )
+
+
+def _batch_size(batch: tuple) -> int:
+    leaves = jax.tree.leaves_with_path(batch)
+    if not leaves:
+        raise ValueError("There is no batch: pass it after the parameters.")
+    first: tuple[str, int] | None = None
+    for path, leaf in leaves:
+        name = path_name(path)
+        if not getattr(leaf, "shape", ()) or leaf.shape[0] == 0:
+            raise ValueError(
+                f"Batch leaf '{name}': expected an array with a leading batch axis, found "
+                f"{type_name(leaf)}."
+            )
+        first = first or (name, leaf.shape[0])
+        if leaf.shape[0] != first[1]:
+            raise ValueError(
+                f"Batch leaf '{name}': expected a batch axis of size {first[1]} as in leaf "
+                f"'{first[0]}', found shape {leaf.shape}."
+            )
+    return first[1]  # type: ignore[index]

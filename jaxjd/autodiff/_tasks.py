@@ -1,0 +1,74 @@
+"""What the engines share: which leaves are differentiated, and how tasks are pulled back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxjd.base import PyTree
+from jaxjd.checks import path_name, type_name
+
+
+def check_differentiable(params: PyTree) -> None:
+    """Checks that every leaf is a real floating point array.
+
+    Raises:
+      ValueError: If one is not; its path is named.
+    """
+    for path, leaf in jax.tree.leaves_with_path(params):
+        array = isinstance(leaf, (float, int)) or hasattr(leaf, "dtype")
+        if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"Parameter leaf '{path_name(path)}': expected a real floating point dtype, found "
+                f"{type_name(leaf)}. Pass it as another argument of the function."
+            )
+
+
+def count_losses(losses: PyTree) -> int:
+    """Returns the number of losses.
+
+    Raises:
+      ValueError: If a loss is not floating point or there are none.
+    """
+    for path, leaf in jax.tree.leaves_with_path(losses):
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"Loss '{path_name(path)}': expected a floating point array, found "
+                f"{type_name(leaf)}. With auxiliary output, pass has_aux=True."
+            )
+    m = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(losses))
+    if m == 0:
+        raise ValueError("The function returned no losses.")
+    return m
+
+
+def task_basis(losses: PyTree) -> PyTree:
+    """Returns the `m` unit cotangents of the losses, stacked along a leading axis.
+
+    Raises:
+      ValueError: If a loss is not floating point or there are none.
+    """
+    m = count_losses(losses)
+    leaves, treedef = jax.tree.flatten(losses)
+    basis, offset = [], 0
+    for leaf in leaves:
+        size = math.prod(leaf.shape)
+        block = jnp.eye(m, size, k=-offset, dtype=leaf.dtype)
+        basis.append(block.reshape(m, *leaf.shape))
+        offset += size
+    return jax.tree.unflatten(treedef, basis)
+
+
+def pull_back_tasks(
+    pull_back: Callable[[Any], Any], cotangents: PyTree, chunk_size: int | None
+) -> Any:
+    """Pulls a stack of cotangents back, `chunk_size` at a time."""
+    m = jax.tree.leaves(cotangents)[0].shape[0]
+    if chunk_size is None or chunk_size >= m:
+        return jax.vmap(pull_back)(cotangents)
+    return lax.map(pull_back, cotangents, batch_size=chunk_size)
