@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from jaxjd import diagnostics as diagnostics
 from jaxjd import labels as labels
 from jaxjd import linalg as linalg
 from jaxjd import scalarizers as scalarizers
@@ -82,6 +83,7 @@ __all__ = [
     "constant",
     "cross_gramian",
     "db_mtl",
+    "diagnostics",
     "dualproj",
     "excess_mtl",
     "graddrop",

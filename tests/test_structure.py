@@ -27,6 +27,7 @@ BELOW = {
     "labels": {"base", "checks"},
     "grouping": {"aggregators", "weightings", "labels", "linalg", "base", "checks"},
     "autodiff": {"labels", "linalg", "base", "checks"},
+    "diagnostics": {"autodiff", "linalg", "base", "checks"},
     "demo": {"<public>"},
 }
 CORE_IMPORTS = {"jax", "optax", "jaxjd"} | set(sys.stdlib_module_names)
@@ -100,7 +101,14 @@ def test_import_is_lean():
 
 def public_objects() -> list[tuple[str, object]]:
     found = []
-    for module in (jaxjd, jaxjd.linalg, jaxjd.weightings, jaxjd.scalarizers, jaxjd.labels):
+    for module in (
+        jaxjd,
+        jaxjd.linalg,
+        jaxjd.weightings,
+        jaxjd.scalarizers,
+        jaxjd.labels,
+        jaxjd.diagnostics,
+    ):
         for name in module.__all__:
             value = getattr(module, name)
             if not isinstance(value, types.ModuleType):

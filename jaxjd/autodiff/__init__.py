@@ -11,12 +11,14 @@ from jaxjd.autodiff._per_example import (
 from jaxjd.autodiff._per_example import (
     per_example_value_and_jacobian as per_example_value_and_jacobian,
 )
+from jaxjd.autodiff._tapped import plan_jacobian as plan_jacobian
 
 __all__ = [
     "mtl_value_and_gramian",
     "mtl_value_and_jacobian",
     "per_example_value_and_gramian",
     "per_example_value_and_jacobian",
+    "plan_jacobian",
     "stack_tasks",
     "value_and_gramian",
     "value_and_jacobian",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxjd.autodiff._taps import Site, Taps
-from jaxjd.linalg.factored import Cost, dense_cost, factored_cost
+from jaxjd.linalg.costs import Cost, dense_cost, factored_cost
 
 FORMS = ("dense", "auto", "factored")
 
@@ -49,3 +49,13 @@ def _choose(site: Site, m: int, form: str, per_task: bool) -> Choice:
     # has inputs of its own per task is one batched product.
     tapped = keep or site.kind == "convolution" or per_task
     return Choice("factored" if keep else "dense", tapped, reason, dense, factored)
+
+
+def check_form(form: str) -> None:
+    """Checks the name of a Jacobian's form.
+
+    Raises:
+      ValueError: If there is no such form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"`form` must be one of {FORMS}, got {form!r}.")

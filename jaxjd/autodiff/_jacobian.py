@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.autodiff._forms import FORMS
+from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._tapped import tapped_jacobian
 from jaxjd.autodiff._tasks import check_differentiable, pull_back_tasks, task_basis
 from jaxjd.base import Jacobian, PyTree
@@ -161,16 +161,6 @@ def arguments(
         return fn(*full, **kwargs)
 
     return losses_of, [args[position] for position in positions]
-
-
-def check_form(form: str) -> None:
-    """Checks the name of a Jacobian's form.
-
-    Raises:
-      ValueError: If there is no such form.
-    """
-    if form not in FORMS:
-        raise ValueError(f"`form` must be one of {FORMS}, got {form!r}.")
 
 
 def _is_shape(x: Any) -> bool:

@@ -104,12 +104,13 @@ def mtl_value_and_gramian(
     Learning as Multi-Objective Optimization" (NeurIPS 2018, https://arxiv.org/abs/1810.04650), for
     every weighting.
 
-    What is lost: the Gramian of the trunk's parameters is :math:`C C^\top` with rows :math:`C_i = \nabla_z \ell_i \, \partial z / \partial
-    \theta`, with the trunk's own Jacobian in between. Gradients that agree at the features can conflict at the parameters and
-    the other way round, so a method's guarantee for the parameters (that no loss increases, that
-    the norm is minimal) holds for the features only. Where the trunk's Jacobian has full row rank,
-    a combination is zero at the features if and only if it is at the parameters, so Pareto
-    stationary points are the same. For exact weights use `jaxjd.value_and_gramian`.
+    What is lost: the trunk's parameters have the Gramian :math:`C C^\top` with rows
+    :math:`C_i = \nabla_z \ell_i \, \partial z / \partial \theta`, with the trunk's own Jacobian in
+    between. Gradients that agree at the features can conflict at the parameters and the other way
+    round, so what a method promises for the parameters (that no loss increases, that the norm is
+    minimal) holds for the features only. Where the trunk's Jacobian has full row rank, a
+    combination is zero at the features if and only if it is zero at the parameters, so that the
+    Pareto stationary points are the same. For exact weights use `jaxjd.value_and_gramian`.
 
     Args:
       trunk_fn: As for `jaxjd.mtl_value_and_jacobian`.

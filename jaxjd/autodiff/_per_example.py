@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._gramian import Groups, Pullback
-from jaxjd.autodiff._jacobian import check_form
 from jaxjd.autodiff._tapped import Split, Traced, split, trace
 from jaxjd.autodiff._taps import evaluate
-from jaxjd.autodiff._tasks import check_differentiable
+from jaxjd.autodiff._tasks import batch_size, check_differentiable
 from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import check_static_int, path_name, type_name
+from jaxjd.checks import check_static_int, type_name
 from jaxjd.linalg.algebra import cross_gramian
 
 
@@ -121,10 +121,10 @@ def per_example_value_and_gramian(
         groups = Groups.of(labels, params)
         if chunk_size is None or chunk_size >= engine.size:
             losses, aux, jacobian = engine.run(batch, None)
-            found = groups.gramians(jacobian), groups.pullback(jacobian)
+            gramians, pullback = groups.gramians(jacobian), groups.pullback(jacobian)
         else:
-            losses, aux, *found = engine.run_in_chunks(batch, chunk_size, groups)
-        return ((losses, aux) if has_aux else losses), *found
+            losses, aux, gramians, pullback = engine.run_in_chunks(batch, chunk_size, groups)
+        return ((losses, aux) if has_aux else losses), gramians, pullback
 
     return per_example_fn
 
@@ -136,7 +136,7 @@ class _Engine:
         self, fn: Callable[..., Any], params: PyTree, batch: tuple, has_aux: bool, form: str
     ) -> None:
         check_differentiable(params)
-        self.size = _batch_size(batch)
+        self.size = batch_size(batch)
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
         def loss_of(params: PyTree, example: tuple) -> Any:
@@ -266,24 +266,3 @@ class _Engine:
             jax.tree.map(assemble, blocks),
             pullback,
         )
-
-
-def _batch_size(batch: tuple) -> int:
-    leaves = jax.tree.leaves_with_path(batch)
-    if not leaves:
-        raise ValueError("There is no batch: pass it after the parameters.")
-    first: tuple[str, int] | None = None
-    for path, leaf in leaves:
-        name = path_name(path)
-        if not getattr(leaf, "shape", ()) or leaf.shape[0] == 0:
-            raise ValueError(
-                f"Batch leaf '{name}': expected an array with a leading batch axis, found "
-                f"{type_name(leaf)}."
-            )
-        first = first or (name, leaf.shape[0])
-        if leaf.shape[0] != first[1]:
-            raise ValueError(
-                f"Batch leaf '{name}': expected a batch axis of size {first[1]} as in leaf "
-                f"'{first[0]}', found shape {leaf.shape}."
-            )
-    return first[1]  # type: ignore[index]

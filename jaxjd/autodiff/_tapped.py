@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxjd.autodiff._forms import Choice, choose
+from jaxjd.autodiff._forms import Choice, check_form, choose
 from jaxjd.autodiff._taps import Plan, Taps, evaluate, find, prune
-from jaxjd.autodiff._tasks import count_losses, pull_back_tasks, task_basis
+from jaxjd.autodiff._tasks import (
+    batch_size,
+    check_differentiable,
+    count_losses,
+    pull_back_tasks,
+    task_basis,
+)
 from jaxjd.base import PyTree
 from jaxjd.linalg.factored import FactoredLeaf
 
@@ -27,6 +33,10 @@ class Traced(NamedTuple):
     jaxpr: Any
     outputs: Any
     num_losses: int
+
+    @property
+    def num_tasks(self) -> int:
+        return sum(var.aval.size for var in self.jaxpr.jaxpr.outvars[: self.num_losses])
 
     def split(self, flat: list[Any]) -> tuple[list[Any], list[Any]]:
         return flat[: self.num_losses], flat[self.num_losses :]
@@ -84,6 +94,27 @@ def split(traced: Traced, num_params: int, m: int, form: str, per_task: bool = F
     return Split(taps, choices, prune(taps.plan, tapped), rest)
 
 
+def plan_jacobian(
+    fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple,
+    has_aux: bool = False,
+    form: str = "auto",
+    per_example: bool = False,
+) -> tuple[list[Choice], dict[int, Any], int]:
+    """Returns the form of every leaf, the layers that were found, and the number of tasks."""
+    check_form(form)
+    check_differentiable(params)
+    size = batch_size(args) if per_example else None
+    if per_example:
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), args)
+    traced = trace(fn, (params, *args), has_aux)
+    num_params = len(jax.tree.leaves(params))
+    m = traced.num_tasks if size is None else size
+    parts = split(traced, num_params, m, form, per_task=per_example)
+    return parts.choices, parts.taps.sites, m
+
+
 def tapped_jacobian(
     losses_of: Callable[..., Any],
     args: tuple[Any, ...],
@@ -95,8 +126,7 @@ def tapped_jacobian(
     traced = trace(losses_of, args, has_aux)
     leaves, treedef = jax.tree.flatten(args)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    m = sum(var.aval.size for var in traced.jaxpr.jaxpr.outvars[: traced.num_losses])
-    parts = split(traced, len(leaves), m, form)
+    parts = split(traced, len(leaves), traced.num_tasks, form)
 
     def run(rest: dict[int, jax.Array], taps: dict[int, jax.Array]) -> tuple[Any, Any]:
         full = [rest.get(number, leaf) for number, leaf in enumerate(leaves)]

@@ -18,7 +18,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.linalg.factored import ConvolutionLayer, EmbeddingLayer, FactoredLeaf, Layer
+from jaxjd.linalg.factored import FactoredLeaf
+from jaxjd.linalg.layers import ConvolutionLayer, EmbeddingLayer, Layer
 
 # Calls that run in place: nothing hangs on their boundary but how XLA cuts its functions.
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}

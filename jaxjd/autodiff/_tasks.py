@@ -72,3 +72,29 @@ def pull_back_tasks(
     if chunk_size is None or chunk_size >= m:
         return jax.vmap(pull_back)(cotangents)
     return lax.map(pull_back, cotangents, batch_size=chunk_size)
+
+
+def batch_size(batch: PyTree) -> int:
+    """Returns the size of the leading axis that all leaves of a batch share.
+
+    Raises:
+      ValueError: If they share none; the path of a leaf is named.
+    """
+    leaves = jax.tree.leaves_with_path(batch)
+    if not leaves:
+        raise ValueError("There is no batch: pass it after the parameters.")
+    first: tuple[str, int] | None = None
+    for path, leaf in leaves:
+        name = path_name(path)
+        if not getattr(leaf, "shape", ()) or leaf.shape[0] == 0:
+            raise ValueError(
+                f"Batch leaf '{name}': expected an array with a leading batch axis, found "
+                f"{type_name(leaf)}."
+            )
+        first = first or (name, leaf.shape[0])
+        if leaf.shape[0] != first[1]:
+            raise ValueError(
+                f"Batch leaf '{name}': expected a batch axis of size {first[1]} as in leaf "
+                f"'{first[0]}', found shape {leaf.shape}."
+            )
+    return first[1]  # type: ignore[index]

@@ -5,5 +5,4 @@ from jaxjd.grouping._grouped import grouped as grouped
 from jaxjd.grouping._partition import PartitionState as PartitionState
 from jaxjd.grouping._partition import partition as partition
 
-
 __all__ = ["GroupedState", "PartitionState", "grouped", "partition"]
