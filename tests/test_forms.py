@@ -228,7 +228,7 @@ def test_explanation_tells_what_the_engine_does(capsys):
         factored_cost(sizes).flops,
     )
     printed = capsys.readouterr().out
-    assert "first/kernel  6x8" in printed
+    assert "first/kernel   6x8" in printed
     assert "used by broadcast_in_dim" in printed or "used by add" in printed
 
 

@@ -81,7 +81,7 @@ class FactoredLeaf(metaclass=_Opaque):
         """The inner products of the rows, shape ``(m, m)``."""
         kernel, transient = gramian_costs(self.sizes)
         if transient.total < kernel.total:
-            rows = self.materialize()
+            rows = self._rows()  # Not rounded to the parameter's dtype.
             return product(rows, rows, contract=range(1, self.ndim), dtype=dtype)
         return self.layer.gramian(self, dtype)
 
@@ -105,9 +105,11 @@ class FactoredLeaf(metaclass=_Opaque):
 
     def materialize(self) -> jax.Array:
         """The dense leaf, shape ``(m, *param.shape)``."""
-        if self.per_task:
-            return self.layer.pull_each(self.inputs, self.cotangents).astype(self.dtype)
-        return self.layer.pull_all(self.inputs, self.cotangents).astype(self.dtype)
+        return self._rows().astype(self.dtype)
+
+    def _rows(self) -> jax.Array:
+        pull = self.layer.pull_each if self.per_task else self.layer.pull_all
+        return pull(self.inputs, self.cotangents)
 
     def __repr__(self) -> str:
         return f"<{type_name(self)}, {_WAY_OUT}>"
