@@ -58,8 +58,26 @@ def weigh(weighting, stat=EYE, state=(), **extra_args):
     return trace(lambda x, s, e: weighting.update(x, s, **e), stat, state, extra_args)
 
 
+FORM = {}
+"""The form that `engine` asks for."""
+
+
 def engine(fn, params=PARAMS, **options):
-    return trace(jaxjd.value_and_jacobian(fn, **options), params)
+    return trace(jaxjd.value_and_jacobian(fn, **{**FORM, **options}), params)
+
+
+def gramians(fn=None, weights=None, **options):
+    """Traces a Gramian and, with weights, a pullback."""
+
+    def run(params):
+        _, gramian, pullback = jaxjd.value_and_gramian(fn or norms, **options)(params)
+        return gramian if weights is None else pullback(weights)
+
+    return trace(run, PARAMS)
+
+
+def per_example(loss, *batch, params=1.0, **options):
+    return trace(jaxjd.per_example_value_and_jacobian(loss, **options), params, *batch)
 
 
 def replaced(leaf, key="c"):
@@ -1069,6 +1087,100 @@ ENGINES = [
     ),
     case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
     case(
+        "unknown method",
+        lambda: jaxjd.value_and_gramian(norms, method="jvp"),
+        "`method` must be one of",
+        "vector_products",
+        "got 'jvp'",
+    ),
+    case("chunk_size of a Gramian", lambda: gramians(chunk_size=0), "`chunk_size`", "got 0"),
+    case("argnums of a Gramian", lambda: gramians(argnums=3), "`argnums` has 3"),
+    case(
+        "labels of a Gramian that miss a leaf",
+        lambda: gramians(labels={"a": "trunk"}),
+        "leaf 'c' has no label",
+        "'a'",
+    ),
+    case(
+        "too few weights for a pullback",
+        lambda: gramians(weights=jnp.ones(3)),
+        "`weights` has 3 entries",
+        "2 tasks",
+    ),
+    case(
+        "weights of a pullback that are no vector",
+        lambda: gramians(weights=jnp.ones((2, 2)), method="vector_products"),
+        r"`weights` must have shape \(m,\)",
+        r"got float32\[2,2\]",
+    ),
+    case(
+        "weights for other groups",
+        lambda: gramians(weights={"trunk": jnp.ones(2)}, labels={"a": "trunk", "c": "head"}),
+        "one entry per group",
+        "'head', 'trunk'",
+        "found .'trunk'.",
+    ),
+    case(
+        "too few weights for a group",
+        lambda: gramians(weights={"all": jnp.ones(1)}, labels="all"),
+        r"`weights\['all'\]` has 1 entries",
+    ),
+    case(
+        "no batch",
+        lambda: per_example(lambda w: w),
+        "no batch",
+    ),
+    case(
+        "batch leaves that disagree",
+        lambda: per_example(lambda w, x, y: w, jnp.ones((3, 2)), {"y": jnp.ones(4)}),
+        "Batch leaf '1/y'",
+        "size 3 as in leaf '0'",
+        r"found shape \(4,\)",
+    ),
+    case(
+        "batch leaf without an axis",
+        lambda: per_example(lambda w, x, key: w, jnp.ones(3), jnp.ones(())),
+        "Batch leaf '1'",
+        "leading batch axis",
+        r"found float32\[\]",
+    ),
+    case(
+        "loss of an example that is no scalar",
+        lambda: per_example(lambda w, x: w * x, jnp.ones((3, 2))),
+        "loss of an example must be a scalar",
+        r"found float32\[2\]",
+    ),
+    case(
+        "loss of an example with auxiliary output",
+        lambda: per_example(lambda w, x: (w * x, x), jnp.ones(3)),
+        "loss of an example must be a scalar",
+        "has_aux=True",
+    ),
+    case(
+        "integer loss of an example",
+        lambda: per_example(lambda w, x: x, jnp.arange(3)),
+        "floating point",
+        r"found int32\[\]",
+    ),
+    case(
+        "integer parameter of a loss per example",
+        lambda: per_example(lambda w, x: 1.0 * w * x, jnp.ones(3), params=jnp.arange(2)),
+        "floating point",
+        r"found int32\[2\]",
+    ),
+    case(
+        "form of a loss per example",
+        lambda: per_example(lambda w, x: w * x, jnp.ones(3), form="sparse"),
+        "`form`",
+        "got 'sparse'",
+    ),
+    case(
+        "form of an explanation",
+        lambda: jaxjd.diagnostics.explain_jacobian(norms, PARAMS, form="sparse"),
+        "`form`",
+        "got 'sparse'",
+    ),
+    case(
         "stack_tasks of another structure",
         lambda: jaxjd.stack_tasks([jnp.ones(3)], {"a": 1.0}),
         "start with the structure of the losses",
@@ -1185,6 +1297,12 @@ CASES = [
     *ENGINES,
     *SOLVERS,
 ]
+
+
+@pytest.mark.parametrize("bad", ENGINES, ids=lambda bad: bad.name)
+def test_every_form_of_the_jacobian_has_the_same_errors(bad, monkeypatch):
+    monkeypatch.setitem(FORM, "form", "auto")
+    test_bad_input_is_a_value_error_at_trace_time(bad)
 
 
 @pytest.mark.parametrize("bad", CASES, ids=lambda bad: bad.name)
