@@ -129,7 +129,7 @@ def make_method(
     """
     adam = optax.adam(learning_rate)
     links: list[optax.GradientTransformation] = []
-    gradient_fn = jacobian_fn = jaxjd.value_and_jacobian(losses_fn)
+    gradient_fn = jacobian_fn = jaxjd.value_and_jacobian(losses_fn, form="auto")
     if name == BASELINE:
         gradient_fn = _mean_gradient(losses_fn)
     else:
