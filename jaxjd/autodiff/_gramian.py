@@ -194,11 +194,16 @@ def _by_vector_products(
             check_differentiable(arg)
         aux = None
         if has_aux:
-            losses, push, aux = jax.linearize(losses_of, *chosen, has_aux=True)
+            losses, pull, aux = jax.vjp(losses_of, *chosen, has_aux=True)
         else:
-            losses, push = jax.linearize(losses_of, *chosen)
+            losses, pull = jax.vjp(losses_of, *chosen)
         basis = task_basis(losses)
-        pull = jax.linear_transpose(push, *chosen)
+        # Not jax.linearize: functions with a rule for the backward pass only have no other.
+        transposed = jax.linear_transpose(pull, losses)
+
+        def push(*tangents: PyTree) -> PyTree:
+            return transposed(tangents)[0]
+
         groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
 

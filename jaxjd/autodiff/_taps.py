@@ -40,6 +40,9 @@ _VIEWS = {
     "transpose",
 }
 
+# Those of them that change no entry but for its dtype; some cannot be transposed.
+_SAME = {"convert_element_type", "copy", "copy_p", "name"}
+
 Plan = dict[int, Any]  # By the equation's number: a site or the plan of what the equation calls.
 
 
@@ -67,7 +70,7 @@ class View(NamedTuple):
 
     def undo(self, gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Brings a gradient of the variable into the parameter's shape, in its own dtype."""
-        steps = [pair for pair in self.steps if pair[0].primitive.name != "convert_element_type"]
+        steps = [pair for pair in self.steps if pair[0].primitive.name not in _SAME]
         if not steps:
             return gradient
 

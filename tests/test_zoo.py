@@ -1,0 +1,385 @@
+"""The engines agree with ``jax.jacrev`` on a zoo of models, in every form and method."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxjd
+from jaxjd import labels
+from jaxjd.linalg import factored
+from jaxjd.linalg.algebra import count_tasks
+from jaxjd.linalg.layers import ConvolutionLayer
+from tests import zoo
+from tests.zoo import ZOO, by_name, paths
+
+WEIGHTS = jnp.array([0.7, -0.4, 1.3, 0.2, 0.9])
+FORMS = ("auto", "factored")
+METHODS = ("auto", "factored", "vector_products")
+
+
+def assert_close(found, expected, tolerance, what):
+    """Compares relative to the largest entry of a leaf, or a hundredth of that of all leaves.
+
+    Some leaves have gradients that are zero but for rounding: a bias before a normalization.
+    """
+    assert jax.tree.structure(found) == jax.tree.structure(expected), what
+    pairs = [
+        [np.asarray(leaf, np.float64) for leaf in pair]
+        for pair in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    ]
+    largest = max(np.max(np.abs(wanted)) for _, wanted in pairs)
+    assert 0 < largest < np.inf, what
+    for path, (leaf, wanted) in zip(paths(expected), pairs, strict=True):
+        assert leaf.shape == wanted.shape, (what, path)
+        scale = max(np.max(np.abs(wanted)), largest / 100)
+        error = np.max(np.abs(leaf - wanted)) / scale
+        assert error <= tolerance, f"{what}, leaf '{path}': {error:.1e} of the largest entry"
+
+
+class Oracle:
+    """The Jacobian by ``jax.jacrev``, and what follows from it, in NumPy at double precision."""
+
+    def __init__(self, losses, jacobian, tolerance):
+        self.losses, self.tolerance = losses, tolerance
+        self.jacobian = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jacobian)
+        self.rows = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(self.jacobian)]
+        self.gramians = [rows @ rows.T for rows in self.rows]
+        self.m = len(self.rows[0])
+
+    def combination(self, weights):
+        weights = np.asarray(weights, np.float64)[: self.m]
+        return jax.tree.map(lambda leaf: np.tensordot(weights, leaf, 1), self.jacobian)
+
+    def check(self, found, what):
+        """Checks a dict of what an engine gave."""
+        expected = {
+            "losses": self.losses,
+            "gramian": sum(self.gramians),
+            "gradient": self.combination(WEIGHTS),
+            "jacobian": self.jacobian,
+        }
+        for name, value in found.items():
+            assert_close(value, expected[name], self.tolerance, f"{name} of {what}")
+
+
+def jacrev(fn, has_aux=False):
+    """The oracle as a function of the parameters."""
+
+    def losses_and_jacobian(params):
+        found, jacobian = fn(params), jax.jacrev(fn, has_aux=has_aux)(params)
+        losses, jacobian = (found[0], jacobian[0]) if has_aux else (found, jacobian)
+        return losses, jaxjd.stack_tasks(jacobian, losses)
+
+    return losses_and_jacobian
+
+
+def results_of_jacobian(losses, jacobian):
+    m = jax.tree.leaves(jacobian)[0].shape[0]
+    return {
+        "losses": losses,
+        "gramian": jaxjd.gramian(jacobian),
+        "gradient": jaxjd.combine(WEIGHTS[:m], jacobian),
+        "jacobian": jaxjd.materialize(jacobian),
+    }
+
+
+def results_of_gramian(losses, gramian, pullback):
+    gradient = pullback(WEIGHTS[: gramian.shape[0]])
+    return {"losses": losses, "gramian": gramian, "gradient": gradient}
+
+
+def is_factored(leaf):
+    return isinstance(leaf, factored.FactoredLeaf)
+
+
+def by_products(leaf):
+    """A factored leaf's Gramian from its factors, whichever way is cheaper."""
+    return leaf.layer.gramian(leaf, jnp.float32)
+
+
+@pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
+def test_equals_jacrev(model):
+    losses_fn, params, x = model.build()
+    fn = lambda params: losses_fn(params, x)
+    options = {"has_aux": model.has_aux}
+    without_aux = lambda losses: losses[0] if model.has_aux else losses
+    kinds = []
+
+    @jax.jit
+    def everything(params):
+        found = {}
+        for form in FORMS:
+            losses, jacobian = jaxjd.value_and_jacobian(fn, form=form, **options)(params)
+            found[form] = results_of_jacobian(without_aux(losses), jacobian)
+        kinds.extend(map(is_factored, jax.tree.leaves(jacobian)))
+        own = [by_products(leaf) for leaf in jax.tree.leaves(jacobian) if is_factored(leaf)]
+        for method in METHODS:
+            engine = jaxjd.value_and_gramian(fn, method=method, **options)
+            losses, *rest = engine(params)
+            found["method " + method] = results_of_gramian(without_aux(losses), *rest)
+        return jacrev(fn, model.has_aux)(params), found, own
+
+    (losses, jacobian), found, own = everything(params)
+    assert 3 <= count_tasks(jacobian, params) <= 4
+    oracle = Oracle(losses, jacobian, model.tolerance)
+    for what, results in found.items():
+        oracle.check(results, what)
+    expected = [g for g, kind in zip(oracle.gramians, kinds, strict=True) if kind]
+    if expected:
+        assert_close(own, expected, model.tolerance, "Gramian by products")
+
+    matched = {
+        expression: {path for path in paths(params) if re.fullmatch(expression, path)}
+        for expression in model.factored
+    }
+    assert all(matched.values()), matched
+    which = {path for path, kind in zip(paths(params), kinds, strict=True) if kind}
+    assert which == set().union(*matched.values())
+
+
+# Inside vmap and scan
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linen cnn",
+        "linen transformer",
+        "equinox mlp",
+        "scan over rematerialized layers",
+        "rnn",
+        "embeddings with indices of all kinds",
+        "mixture of experts",
+    ],
+)
+def test_steps_under_vmap_over_seeds_and_scan(name):
+    model = by_name(name)
+    losses_fn, params, x = model.build()
+    tx = optax.chain(jaxjd.upgrad(), optax.sgd(0.05))
+    noise = lambda seed: lambda leaf: leaf + 0.1 * jax.random.normal(seed, leaf.shape)
+    perturbed = lambda seed: jax.tree.map(noise(seed), params)
+    seeds = jax.vmap(perturbed)(jax.random.split(jax.random.key(7), 2))
+    batches = jnp.stack([x, x[::-1], jnp.roll(x, 1, -1)])
+
+    def train(engine_of):
+        def step(params, x):
+            losses, jacobian = engine_of(lambda params: losses_fn(params, x))(params)
+            updates, _ = tx.update(jacobian, tx.init(params), params)
+            return optax.apply_updates(params, updates), losses
+
+        return lambda params: jax.lax.scan(step, params, batches)
+
+    @jax.jit
+    def everything(seeds):
+        engines = {
+            form: lambda fn, form=form: jaxjd.value_and_jacobian(fn, form=form) for form in FORMS
+        }
+        expected = jax.vmap(train(jacrev))(seeds)
+        return expected, {form: jax.vmap(train(engine))(seeds) for form, engine in engines.items()}
+
+    expected, found = everything(seeds)
+    for form, results in found.items():
+        assert_close(results[0], expected[0], 1e-5, f"parameters of {form}")
+        assert_close(results[1], expected[1], 1e-5, f"losses of {form}")
+    assert not np.allclose(expected[1][:, 0].sum(), expected[1][:, 2].sum(), rtol=1e-2) if not isinstance(expected[1], dict) else True
+
+
+# One loss per example
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linen mlp",
+        "linen convolutions of all kinds",
+        "linen transformer",
+        "linen language model with tied embedding",
+        "linen group norm",
+        "linen gru",
+        "linen scanned layers",
+        "equinox cnn with channels first",
+        "scan within a scan",
+        "embeddings with indices of all kinds",
+        "mixture of experts",
+        "branches",
+    ],
+)
+def test_per_example_losses_equal_vmapped_gradients(name):
+    model = by_name(name)
+    losses_fn, params, x = model.build()
+
+    def loss(params, example):
+        return sum(map(jnp.sum, jax.tree.leaves(losses_fn(params, example[None]))))
+
+    kinds = []
+
+    @jax.jit
+    def everything(params):
+        found = {}
+        for form in ("dense", *FORMS):
+            engine = jaxjd.per_example_value_and_jacobian(loss, form=form)
+            losses, jacobian = engine(params, x)
+            found[form] = results_of_jacobian(losses, jacobian)
+        kinds.extend(map(is_factored, jax.tree.leaves(jacobian)))
+        own = [by_products(leaf) for leaf in jax.tree.leaves(jacobian) if is_factored(leaf)]
+        engine = jaxjd.per_example_value_and_jacobian(loss, form="factored", chunk_size=2)
+        found["factored in chunks"] = results_of_jacobian(*engine(params, x))
+        engine = jaxjd.per_example_value_and_gramian(loss, chunk_size=2)
+        found["Gramian in chunks"] = results_of_gramian(*engine(params, x))
+        examples = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))(params, x)
+        return examples, found, own
+
+    (losses, jacobian), found, own = everything(params)
+    oracle = Oracle(losses, jacobian, model.tolerance)
+    assert oracle.m == zoo.BATCH
+    for what, results in found.items():
+        oracle.check(results, what)
+    expected = [g for g, kind in zip(oracle.gramians, kinds, strict=True) if kind]
+    assert_close(own, expected, model.tolerance, "Gramian by products")
+
+
+# Options
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "name", ["linen cnn", "linen batch norm in training", "scan over rematerialized layers"]
+)
+def test_options(name, form):
+    """Chunks of tasks, groups of parameters, auxiliary output and the numbers of arguments."""
+    model = by_name(name)
+    losses_fn, params, x = model.build()
+    fn = lambda scale, unused, params, x: losses_fn(params, scale * x)
+    scale = jnp.asarray(1.2)
+    args = (scale, None, params, x)
+    options = {"has_aux": model.has_aux, "argnums": (2, 0), "chunk_size": 2}
+    without_aux = lambda losses: losses[0] if model.has_aux else losses
+    by_layer = lambda pair: (labels.by_layer(pair[0]), "scale")
+
+    @jax.jit
+    def everything(args):
+        found = jaxjd.value_and_jacobian(fn, form=form, **options)(*args)
+        results = results_of_jacobian(without_aux(found[0]), found[1])
+        grouped = {
+            method: jaxjd.value_and_gramian(fn, method=method, labels=by_layer, **options)(*args)
+            for method in (form, "vector_products")
+        }
+        weights = {
+            name: jnp.roll(WEIGHTS, number)[: gramian.shape[0]]
+            for number, (name, gramian) in enumerate(grouped[form][1].items())
+        }
+        grouped = {
+            method: (without_aux(losses), gramians, pullback(weights))
+            for method, (losses, gramians, pullback) in grouped.items()
+        }
+        plain = lambda pair: fn(pair[1], None, pair[0], x)
+        expected = jacrev(plain, model.has_aux)((params, scale))
+        return expected, found[0], results, grouped, weights
+
+    expected, value, results, grouped, weights = everything(args)
+    oracle = Oracle(*expected, model.tolerance)
+    oracle.check(results, form)
+    if model.has_aux:
+        aux = jax.jit(fn)(*args)[1]
+        assert_close(value[1], aux, 1e-6, "auxiliary output")
+    names = jax.tree.leaves(by_layer((params, scale)))
+    assert len(set(names)) > 2
+    for method, (losses, gramians, gradient) in grouped.items():
+        assert_close(losses, oracle.losses, model.tolerance, "losses")
+        assert set(gramians) == set(names)
+        for name in set(names):
+            mine = [g for g, other in zip(oracle.gramians, names, strict=True) if other == name]
+            assert_close(gramians[name], sum(mine), model.tolerance, f"{name} of {method}")
+            wanted = jax.tree.leaves(oracle.combination(weights[name]))
+            pairs = zip(jax.tree.leaves(gradient), wanted, names, strict=True)
+            mine = [pair[:2] for pair in pairs if pair[2] == name]
+            found, wanted = map(list, zip(*mine, strict=True))
+            assert_close(found, wanted, model.tolerance, f"gradient of {name} of {method}")
+
+
+@pytest.mark.parametrize("name", ["linen convolutions of all kinds", "linen group norm"])
+def test_patches_of_some_examples_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(ConvolutionLayer, "_PATCH_BYTES", 1)
+    losses_fn, params, x = by_name(name).build()
+    loss = lambda params, example: jnp.sum(losses_fn(params, example[None]))
+
+    @jax.jit
+    def everything(params):
+        fn = lambda params: losses_fn(params, x)
+        engine = jaxjd.per_example_value_and_jacobian(loss, form="factored")
+        return (
+            results_of_jacobian(*jaxjd.value_and_jacobian(fn, form="factored")(params)),
+            jacrev(fn)(params),
+            results_of_jacobian(*engine(params, x)),
+            jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))(params, x),
+        )
+
+    found, expected, per_example, expected_per_example = everything(params)
+    Oracle(*expected, 1e-5).check(found, "tasks")
+    Oracle(*expected_per_example, 1e-5).check(per_example, "examples")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linen convolutions of all kinds",
+        "embeddings with indices of all kinds",
+        "scan within a scan",
+        "views of parameters",
+    ],
+)
+def test_cross_gramian_of_two_batches(name):
+    losses_fn, params, x = by_name(name).build()
+    batches = (x, jnp.roll(x, 1, -1)[:3])
+    own = []
+
+    @jax.jit
+    def everything(params):
+        fns = [lambda params, x=x: losses_fn(params, x) for x in batches]
+        pair = [jaxjd.value_and_jacobian(fn, form="factored")(params)[1] for fn in fns]
+        leaves = list(zip(*map(jax.tree.leaves, pair), strict=True))
+        own.extend(is_factored(leaf) for leaf, _ in leaves)
+        by_products = [
+            one.layer.cross_gramian(one, other, jnp.float32)
+            for one, other in leaves
+            if is_factored(one)
+        ]
+        return jaxjd.cross_gramian(*pair), by_products, [jacrev(fn)(params) for fn in fns]
+
+    found, by_products, expected = everything(params)
+    first, second = (Oracle(*pair, 1e-5).rows for pair in expected)
+    products = [a @ b.T for a, b in zip(first, second, strict=True)]
+    assert_close(found, sum(products), 1e-5, "cross-Gramian")
+    products = [product for product, kind in zip(products, own, strict=True) if kind]
+    assert_close(by_products, products, 1e-5, "cross-Gramian by products")
+
+
+@pytest.mark.parametrize("name", ["linen group norm", "rnn", "embeddings with indices of all kinds"])
+def test_a_factored_step_can_be_differentiated(name):
+    """Both ways, as for hyper-parameters that are learned or in MAML."""
+    losses_fn, params, x = by_name(name).build()
+    direction = jax.tree.map(lambda leaf: jnp.sin(100 * leaf), params)
+
+    def sharpness(engine_of):
+        def fn(params):
+            losses, jacobian = engine_of(lambda params: losses_fn(params, x))(params)
+            gramian = jaxjd.gramian(jacobian)
+            gradient = jaxjd.combine(jnp.mean(gramian, axis=0), jacobian)
+            return jnp.sum(losses) + optax.tree.vdot(gradient, direction)
+
+        return fn
+
+    @jax.jit
+    def everything(params):
+        found = []
+        for engine_of in (lambda fn: jaxjd.value_and_jacobian(fn, form="factored"), jacrev):
+            fn = sharpness(engine_of)
+            found.append((jax.grad(fn)(params), jax.jvp(fn, (params,), (direction,))))
+        return found
+
+    found, expected = everything(params)
+    assert_close(found, expected, 1e-5, "derivative of a step")
