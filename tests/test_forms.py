@@ -3,6 +3,7 @@
 That the numbers are those of `jax.jacrev`, model by model, is in test_zoo.
 """
 
+import functools
 import itertools
 
 import chex
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxjd
 from jaxjd.linalg.costs import dense_cost, factored_cost
@@ -96,6 +99,67 @@ def test_every_aggregator_takes_factored_leaves(method):
     chex.assert_trees_all_close(
         results["factored"], results["dense"], rtol=0, atol=UNFUSED * 2e-5 * max(largest, 1e-30)
     )
+
+
+LAYOUTS = {
+    "batch": (P(), P("d")),
+    "batch and parameters": (P("d"), P("d")),
+    "outputs": (P(None, "d"), P()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_sharded_arrays(layout, kind):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    spec, batch_spec = LAYOUTS[layout]
+    x = jnp.concatenate([X, X[:1]])
+    params = {"a": PARAMS["first"]["kernel"], "b": jnp.ones((8, M)) + jnp.eye(8, M)}
+    fn = lambda p, x: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2, axis=0)
+
+    def step(form, params, x):
+        jacobian = jaxjd.value_and_jacobian(fn, form=form)(params, x)[1]
+        gramian = jaxjd.gramian(jacobian)
+        return gramian, jaxjd.combine(jnp.arange(1.0, M + 1), jacobian)
+
+    put = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
+    sharded = {"a": put(params["a"], spec), "b": put(params["b"], P())}
+    found = jax.jit(functools.partial(step, "factored"))(sharded, put(x, batch_spec))
+    expected = jax.jit(functools.partial(step, "dense"))(params, x)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("varying", [True, False])
+def test_inside_shard_map(varying):
+    """Parameters are the same on all devices; their Jacobian is summed over the devices."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    x = jnp.concatenate([X, X[:1]])
+    kernels = [jnp.ones(8), jnp.arange(8.0)]
+    factored = []
+
+    def step(params, kernels, x):
+        if varying:
+            vary = lambda leaf: jax.lax.pcast(leaf, "d", to="varying")
+            params, kernels = jax.tree.map(vary, (params, kernels))
+        jacobian = jaxjd.value_and_jacobian(losses_fn, form="factored")(params, x)[1]
+        factored.append(isinstance(jacobian["first"]["kernel"], FactoredLeaf))
+        jacobian = jaxjd.materialize(jacobian)
+        _, (trunk_rows, _) = jaxjd.mtl_value_and_jacobian(trunk, [head, head])(
+            params["first"], kernels, x
+        )
+        rows = (jacobian, trunk_rows)
+        return jax.tree.map(lambda leaf: jax.lax.psum(leaf, "d"), rows) if varying else rows
+
+    in_specs = (P(), P(), P("d"))
+    step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=P()))
+    jacobian, trunk_rows = step(PARAMS, kernels, x)
+    # Each half of the batch has a mean of its own.
+    dense = jax.jit(lambda x: jaxjd.value_and_jacobian(losses_fn)(PARAMS, x)[1])
+    expected = jax.tree.map(jnp.add, dense(x[:3]), dense(x[3:]))
+    chex.assert_trees_all_close(jacobian, expected, rtol=1e-5, atol=1e-6)
+    assert trunk_rows["kernel"].shape == (2, 6, 8)
+    # Where JAX sums over the devices by itself, a leaf of local factors would be wrong.
+    assert factored == [varying]
 
 
 def refused():
@@ -271,7 +335,9 @@ def test_value_and_gramian(method, chunk_size):
     expected = jaxjd.combine(weights, DENSE)
     close(gradient, expected)
     close(same, expected)
-    close(gramians, {"trunk": jaxjd.gramian(DENSE["first"]), "head": jaxjd.gramian(DENSE["second"])})
+    close(
+        gramians, {"trunk": jaxjd.gramian(DENSE["first"]), "head": jaxjd.gramian(DENSE["second"])}
+    )
     close(gradients, {**expected, "second": jax.tree.map(lambda g: 2 * g, expected["second"])})
 
 

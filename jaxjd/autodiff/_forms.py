@@ -39,6 +39,9 @@ def choose(taps: Taps, num_params: int, m: int, form: str, per_task: bool = Fals
 
 
 def _choose(site: Site, m: int, form: str, per_task: bool) -> Choice:
+    if site.is_explicitly_sharded:
+        # Its products would need shardings of their own.
+        return Choice("dense", False, "sharded on an explicit mesh")
     sizes = site.sizes(m, per_task)
     dense, factored = dense_cost(sizes), factored_cost(sizes)
     if form == "dense":

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.autodiff._tasks import check_differentiable, pull_back_tasks, task_basis
+from jaxjd.autodiff._tasks import check_differentiable, pull_back_tasks, task_basis, vary_like
 from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_static_int, type_name
 from jaxjd.linalg.algebra import combine, gramian
@@ -217,7 +217,7 @@ def _each(
             raise ValueError(
                 f"Head {number} must return a floating point scalar loss, found {type_name(loss)}."
             )
-        gradient, cotangent = back(jnp.ones_like(loss))
+        gradient, cotangent = back(vary_like(jnp.ones_like(loss), loss))
         losses.append(loss)
         auxs.append(aux)
         cotangents.append(cotangent)
@@ -245,5 +245,6 @@ def _whole(
         losses, back = jax.vjp(losses_of, heads_params, features)
     basis = task_basis(losses)
     cotangents = pull_back_tasks(lambda cotangent: back(cotangent)[1], basis, chunk_size)
-    gradients = back(jax.tree.map(jnp.ones_like, losses))[0]
+    ones = jax.tree.map(lambda loss: vary_like(jnp.ones_like(loss), loss), losses)
+    gradients = back(ones)[0]
     return losses, aux, cotangents, gradients

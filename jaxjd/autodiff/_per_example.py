@@ -13,7 +13,7 @@ from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._gramian import Groups, Pullback
 from jaxjd.autodiff._tapped import Split, Traced, split, trace
 from jaxjd.autodiff._taps import evaluate
-from jaxjd.autodiff._tasks import batch_size, check_differentiable
+from jaxjd.autodiff._tasks import batch_size, check_differentiable, vary_like
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import check_static_int, type_name
 from jaxjd.linalg.algebra import cross_gramian
@@ -172,7 +172,7 @@ class _Engine:
                 return loss, (aux, inputs)
 
             loss, pull_back, (aux, inputs) = jax.vjp(run, rest, parts.zeros(), has_aux=True)
-            return loss, aux, inputs, *pull_back(jnp.ones_like(loss))
+            return loss, aux, inputs, *pull_back(vary_like(jnp.ones_like(loss), loss))
 
         examples = jax.tree.leaves(batch)
         if chunk_size is None or chunk_size >= self.size:

@@ -16,6 +16,7 @@ from jaxjd.autodiff._tasks import (
     count_losses,
     pull_back_tasks,
     task_basis,
+    vary_like,
 )
 from jaxjd.base import PyTree
 from jaxjd.linalg.factored import FactoredLeaf
@@ -75,8 +76,12 @@ class Split(NamedTuple):
 
     def zeros(self) -> dict[int, jax.Array]:
         tapped = [n for n in self.taps.sites if n not in self.rest]
-        outputs = {n: self.taps.sites[n].output for n in tapped}
-        return {n: jnp.zeros(output.shape, output.dtype) for n, output in outputs.items()}
+        zeros = {}
+        for number in tapped:
+            site = self.taps.sites[number]
+            zero = jnp.zeros(site.output.shape, site.output.dtype)
+            zeros[number] = vary_like(zero, site.equation.outvars[0].aval)
+        return zeros
 
     def leaf(
         self, number: int, inputs: jax.Array, cotangents: jax.Array, per_task: bool = False

@@ -17,6 +17,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from jaxjd.linalg.factored import FactoredLeaf
 from jaxjd.linalg.layers import ConvolutionLayer, EmbeddingLayer, Layer
@@ -128,6 +129,13 @@ class Site(NamedTuple):
         """The layer's inputs, stacked over the scans it is in."""
         aval = self.equation.invars[1 - self.position].aval
         return jax.ShapeDtypeStruct((*self._lead, *aval.shape), aval.dtype)
+
+    @property
+    def is_explicitly_sharded(self) -> bool:
+        """Whether the layer's shardings are part of its types."""
+        avals = [var.aval for var in (*self.equation.invars, *self.equation.outvars)]
+        meshes = [getattr(getattr(aval, "sharding", None), "mesh", None) for aval in avals]
+        return any(AxisType.Explicit in mesh.axis_types for mesh in meshes if mesh is not None)
 
     def leaf(
         self, inputs: jax.Array, cotangents: jax.Array, per_task: bool = False

@@ -58,10 +58,21 @@ def task_basis(losses: PyTree) -> PyTree:
     basis, offset = [], 0
     for leaf in leaves:
         size = math.prod(leaf.shape)
-        block = jnp.eye(m, size, k=-offset, dtype=leaf.dtype)
-        basis.append(block.reshape(m, *leaf.shape))
+        block = jnp.eye(m, size, k=-offset, dtype=leaf.dtype).reshape(m, *leaf.shape)
+        basis.append(vary_like(block, leaf))
         offset += size
     return jax.tree.unflatten(treedef, basis)
+
+
+def vary_like(array: jax.Array, like: Any) -> jax.Array:
+    """Gives a constant the varying mesh axes of another array, as `jax.shard_map` demands."""
+    axes = _varying(jax.typeof(like) if isinstance(like, jax.Array) else like)
+    axes -= _varying(jax.typeof(array))
+    return lax.pcast(array, tuple(axes), to="varying") if axes else array
+
+
+def _varying(aval: Any) -> frozenset:
+    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
 
 
 def pull_back_tasks(
