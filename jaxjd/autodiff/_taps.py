@@ -246,20 +246,41 @@ def _find(jaxpr: Any, views: dict[Any, View], params: Any, uses: dict[int, list]
 def _find_inside(equation: Any, operands: list, params: Any, uses: dict[int, list]) -> Plan:
     inner = _inner(equation)
     views = {}
-    first_carry, first_scanned = len(operands), len(operands)
-    length = None
-    if equation.primitive.name == "scan":
-        first_carry = equation.params["num_consts"]
-        first_scanned = first_carry + equation.params["num_carry"]
-        length = equation.params["length"]
+    scan = _scan(equation)
     for place, (var, view) in enumerate(zip(inner.invars, operands, strict=True)):
         if view is None:
             continue
-        if first_carry <= place < first_scanned:
+        if scan is None:
+            views[var] = view
+        elif scan.first_carry <= place < scan.first_scanned:
             uses[view.leaf].append("carried through a scan")
-            continue
-        views[var] = view if length is None else view.inside(length, place >= first_scanned)
+        else:
+            views[var] = view.inside(scan.length, place >= scan.first_scanned)
     return _find(inner, views, params, uses)
+
+
+class _Scan(NamedTuple):
+    """Where a scan's carry and what it scans over start among its operands."""
+
+    first_carry: int
+    first_scanned: int
+    length: int
+
+    @property
+    def num_carry(self) -> int:
+        return self.first_scanned - self.first_carry
+
+
+def _scan(equation: Any) -> _Scan | None:
+    """How a scan splits its operands; None for another equation."""
+    params = equation.params
+    if equation.primitive.name != "scan":
+        return None
+    if "ft_in" in params:  # JAX 0.12: three groups of operands.
+        consts, carry, _ = map(len, params["ft_in"].unpack())
+    else:
+        consts, carry = params["num_consts"], params["num_carry"]
+    return _Scan(consts, consts + carry, params["length"])
 
 
 def _inner(equation: Any) -> Any:
@@ -522,24 +543,26 @@ def _evaluate_inside(
         return evaluate(inner, consts, operands, plan, taps)
 
     if name in _CHECKPOINTS:
-        options = {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
-        return jax.checkpoint(run, **options)(operands, taps)
-    if name != "scan":
+        prevent_cse = params["prevent_cse"]  # Since JAX 0.12 also one per operand.
+        if not isinstance(prevent_cse, bool):
+            prevent_cse = any(prevent_cse)
+        run = jax.checkpoint(run, prevent_cse=prevent_cse, policy=params["policy"])
         return run(operands, taps)
-    first_carry = params["num_consts"]
-    first_scanned = first_carry + params["num_carry"]
-    constant = operands[:first_carry]
+    scan = _scan(equation)
+    if scan is None:
+        return run(operands, taps)
+    constant = operands[: scan.first_carry]
 
     def body(carry: list, parts: tuple) -> tuple[list, tuple]:
         scanned, taps = parts
         results, inputs = run([*constant, *carry, *scanned], taps)
-        return results[: params["num_carry"]], (results[params["num_carry"] :], inputs)
+        return results[: scan.num_carry], (results[scan.num_carry :], inputs)
 
     carry, (stacked, inputs) = lax.scan(
         body,
-        list(operands[first_carry:first_scanned]),
-        (list(operands[first_scanned:]), taps),
-        length=params["length"],
+        list(operands[scan.first_carry : scan.first_scanned]),
+        (list(operands[scan.first_scanned :]), taps),
+        length=scan.length,
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
