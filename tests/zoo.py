@@ -1,11 +1,13 @@
 """Models on which the engines are compared with ``jax.jacrev``: one row each, and tiny."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -69,12 +71,24 @@ BATCH = 5
 
 
 def draw(seed, *shape, scale=1.0):
-    return scale * jax.random.normal(jax.random.key(seed), shape)
+    # NumPy's numbers: nothing to compile.
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def kernels(*shapes, seed=0):
+def kernels(*shapes):
     """Kernels whose products with inputs of size one have size one."""
-    return [draw(seed + n, *shape, scale=shape[-2] ** -0.5) for n, shape in enumerate(shapes)]
+    return [draw(n, *shape, scale=shape[-2] ** -0.5) for n, shape in enumerate(shapes)]
+
+
+def filled(tree, seed=0):
+    """Puts numbers in the place of shapes; no bias is zero, no scale one."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    drawn = [
+        draw((seed, n), *leaf.shape, scale=0.5).astype(leaf.dtype) if is_shape(leaf) else leaf
+        for n, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, drawn)
 
 
 def points():
@@ -90,7 +104,7 @@ def sequences():
 
 
 def tokens():
-    return jax.random.randint(jax.random.key(103), (BATCH, 4), 0, 7)
+    return jnp.asarray(np.random.default_rng(103).integers(0, 7, (BATCH, 4)), jnp.int32)
 
 
 def errors(outputs):
@@ -99,10 +113,10 @@ def errors(outputs):
     return jnp.mean((outputs - jnp.array([[0.5, -1.0, 0.2]], outputs.dtype)) ** 2, axis=0)
 
 
-def linen(module, x, seed=0, **kwargs):
+def linen(module, x):
     """A linen module with three outputs as losses."""
-    variables = jax.jit(lambda x: module.init(jax.random.key(seed), x, **kwargs))(x)
-    return lambda params, x: errors(module.apply(params, x, **kwargs)), variables, x
+    params = filled(jax.eval_shape(module.init, jax.random.key(0), x))
+    return lambda params, x: errors(module.apply(params, x)), params, x
 
 
 # flax linen
@@ -245,13 +259,14 @@ def batch_norm(flax):
             x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
             return nn.Dense(3)(nn.relu(x))
 
-    return Network(), Network().init(jax.random.key(3), points(), train=False)
+    init = functools.partial(Network().init, train=False)
+    return Network(), filled(jax.eval_shape(init, jax.random.key(0), points()))
 
 
 @model(r"Dense_\d/kernel", needs="flax")
 def linen_batch_norm_in_inference(flax):
     network, variables = batch_norm(flax)
-    state = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    state = jax.tree.map(lambda leaf: leaf**2 + 0.5, variables["batch_stats"])
 
     def losses_fn(params, x):
         return errors(network.apply({"params": params, "batch_stats": state}, x, train=False))
@@ -278,7 +293,7 @@ def linen_dropout(flax):
         [nn.Dense(8), nn.Dropout(0.4, deterministic=False), nn.gelu, nn.Dense(3)]
     )
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    params = network.init(rngs, points())
+    params = filled(jax.eval_shape(network.init, rngs, points()))
 
     def losses_fn(params, x):
         return errors(network.apply(params, x, rngs={"dropout": jax.random.key(2)}))
@@ -304,47 +319,52 @@ def linen_lstm_that_concatenates_its_kernels(flax):
 def linen_computation_in_bfloat16(flax):
     nn = flax.linen
     layers = [nn.Dense(8, dtype=jnp.bfloat16), nn.gelu, nn.Dense(3, dtype=jnp.bfloat16)]
-    losses_fn, params, x = linen(
-        nn.Sequential([*layers, lambda y: y.astype(jnp.float32)]), points()
-    )
-    return losses_fn, params, x
+    return linen(nn.Sequential([*layers, lambda y: y.astype(jnp.float32)]), points())
 
 
 # flax nnx
 
 
-def nnx_losses(flax, network, x):
-    graphdef, params, rest = flax.nnx.split(network, flax.nnx.Param, ...)
+def nnx_losses(nnx, make, x):
+    network = nnx.eval_shape(lambda: nnx.Sequential(*make(nnx.Rngs(0))))
+    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+    params, rest = filled(params), filled(rest)
 
     def losses_fn(params, x):
-        return errors(flax.nnx.merge(graphdef, params, rest, copy=True)(x))
+        return errors(nnx.merge(graphdef, params, rest, copy=True)(x))
 
     return losses_fn, params, x
 
 
 @model(r"layers/\d/kernel", needs="flax")
 def nnx_mlp(flax):
-    nnx, rngs = flax.nnx, flax.nnx.Rngs(0)
-    layers = [nnx.Linear(6, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs), nnx.relu]
-    return nnx_losses(flax, nnx.Sequential(*layers, nnx.Linear(4, 3, rngs=rngs)), points())
+    nnx = flax.nnx
+    make = lambda rngs: [
+        nnx.Linear(6, 4, rngs=rngs),
+        nnx.LayerNorm(4, rngs=rngs),
+        nnx.relu,
+        nnx.Linear(4, 3, rngs=rngs),
+    ]
+    return nnx_losses(nnx, make, points())
 
 
 @model(r"layers/\d/kernel", needs="flax")
 def nnx_cnn(flax):
-    nnx, rngs = flax.nnx, flax.nnx.Rngs(0)
-    layers = [
+    nnx = flax.nnx
+    make = lambda rngs: [
         nnx.Conv(2, 4, (3, 3), strides=2, rngs=rngs),
         nnx.silu,
         lambda x: x.reshape(x.shape[0], -1),
         nnx.Linear(36, 3, rngs=rngs),
     ]
-    return nnx_losses(flax, nnx.Sequential(*layers), images())
+    return nnx_losses(nnx, make, images())
 
 
 # equinox and haiku
 
 
-def equinox_losses(eqx, network, x):
+def equinox_losses(eqx, make, x):
+    network = filled(eqx.filter_eval_shape(make, jax.random.key(0)))
     params, static = eqx.partition(network, eqx.is_inexact_array)
 
     def losses_fn(params, x):
@@ -355,26 +375,27 @@ def equinox_losses(eqx, network, x):
 
 @model(r"layers/\d/weight", needs="equinox")
 def equinox_mlp(eqx):
-    return equinox_losses(eqx, eqx.nn.MLP(6, 3, 4, depth=2, key=jax.random.key(0)), points())
+    return equinox_losses(eqx, lambda key: eqx.nn.MLP(6, 3, 4, depth=2, key=key), points())
 
 
 @model(r"layers/\d/weight", needs="equinox")
 def equinox_cnn_with_channels_first(eqx):
-    keys = jax.random.split(jax.random.key(0), 3)
-    layers = [
-        eqx.nn.Conv2d(2, 4, 3, stride=2, padding=1, key=keys[0]),
-        eqx.nn.Lambda(jax.nn.relu),
-        eqx.nn.Conv2d(4, 4, 2, groups=2, key=keys[1]),
-        eqx.nn.Lambda(jnp.ravel),
-        eqx.nn.Linear(16, 3, key=keys[2]),
-    ]
-    return equinox_losses(eqx, eqx.nn.Sequential(layers), images().transpose(0, 3, 1, 2))
+    make = lambda key: eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(2, 4, 3, stride=2, padding=1, key=key),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Conv2d(4, 4, 2, groups=2, key=key),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(16, 3, key=key),
+        ]
+    )
+    return equinox_losses(eqx, make, images().transpose(0, 3, 1, 2))
 
 
 @model(r".*/w", needs="haiku")
 def haiku_mlp(hk):
     network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([5, 4, 3])(x)))
-    params = network.init(jax.random.key(0), points())
+    params = filled(jax.eval_shape(network.init, jax.random.key(0), points()))
     return lambda params, x: errors(network.apply(params, x)), params, points()
 
 
@@ -594,11 +615,10 @@ def siamese_network_with_an_unused_parameter():
     def losses_fn(params, x):
         embed = jax.jit(lambda x: jnp.tanh(x @ params["trunk"]))
         difference = embed(x) - embed(x[:, ::-1])
-        del params["unused"]
         return errors(params["scale"] * difference @ params["head"])
 
     params = {"trunk": trunk, "head": head, "unused": unused, "scale": jnp.asarray(1.3)}
-    return lambda params, x: losses_fn(dict(params), x), params, points()
+    return losses_fn, params, points()
 
 
 @model("free")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxjd.autodiff._taps import evaluate
 from jaxjd.autodiff._tasks import batch_size, check_differentiable, vary_like
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import check_static_int, type_name
-from jaxjd.linalg.algebra import cross_gramian
+from jaxjd.linalg.algebra import combine, cross_gramian
 
 
 def per_example_value_and_jacobian(
@@ -149,13 +150,18 @@ class _Engine:
                 )
             return found
 
-        self.fn, self.params, self.has_aux = fn, params, has_aux
         leaves, self.treedef = jax.tree.flatten(params)
         self.leaves = [jnp.asarray(leaf) for leaf in leaves]
         self.traced: Traced = trace(loss_of, (params, example), has_aux)
         self.parts: Split = split(
             self.traced, len(leaves), self.size, form, per_task=form != "dense"
         )
+
+    def factored(self) -> _Engine:
+        """The same with all factors that there are, for a combination of rows used once."""
+        other = copy.copy(self)
+        other.parts = split(self.traced, len(self.leaves), self.size, "factored", per_task=True)
+        return other
 
     def run(self, batch: tuple, chunk_size: int | None) -> tuple[Any, Any, Jacobian]:
         """The losses, the auxiliary output and the Jacobian."""
@@ -244,13 +250,8 @@ class _Engine:
         def pull_back(weights: jax.Array) -> PyTree:
             def add(total: PyTree, part: tuple) -> tuple[PyTree, None]:
                 weights, chunk = part
-
-                def weighted(params: PyTree) -> jax.Array:
-                    found = jax.vmap(lambda example: self.fn(params, *example))(chunk)
-                    losses = found[0] if self.has_aux else found
-                    return jnp.vdot(weights.astype(losses.dtype), losses)
-
-                return jax.tree.map(jnp.add, total, jax.grad(weighted)(self.params)), None
+                rows = self.factored().run(chunk, None)[2]
+                return jax.tree.map(jnp.add, total, combine(weights, rows)), None
 
             padded = jnp.concatenate([weights, jnp.zeros((short,), weights.dtype)])
             zeros = jax.tree.unflatten(self.treedef, map(jnp.zeros_like, self.leaves))
