@@ -1,0 +1,86 @@
+"""The benchmark of whole steps runs, and its variants agree."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from tests.benchmarks import steps
+from tests.benchmarks.step_cases import CASES, make_numbers
+from tests.benchmarks.step_jax import Variant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tiny", "tiny-features"])
+def test_a_case_is_measured(case, tmp_path):
+    path = tmp_path / "steps.json"
+    options = ["--no-torch", "--seconds", "0.01", "--rounds", "2", "--compiles", "1"]
+    steps.main(["--cases", case, *options, "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert set(result) == {"machine", "seconds", "rows", "targets"}
+    rows = {row["variant"]: row for row in result["rows"]}
+    ours = "jaxjd features" if case == "tiny-features" else "jaxjd auto"
+    assert {"jax plain", ours} <= set(rows)
+    for row in rows.values():
+        assert row["case"] == case
+        assert row["difference"] <= 1e-4
+        assert len(row["rounds"]) == 2
+        for key in ("seconds", "ratio", "compile_s", "compile_ratio"):
+            assert row[key] > 0
+        assert math.isfinite(row["temporary_mb"])
+    assert rows["jax plain"]["ratio"] == 1
+
+
+def test_variants_that_disagree_are_not_timed():
+    right = lambda params, batch: (params["trunk"][0][0], params)
+    wrong = lambda params, batch: (params["trunk"][0][0], {"trunk": [-p for p in params["trunk"]]})
+    numbers = make_numbers(CASES["tiny"])
+    variants = [Variant("right", "together", right), Variant("wrong", "together", wrong)]
+    with pytest.raises(RuntimeError, match=r"wrong and right disagree: the difference is 2\.0e"):
+        steps.compile_all(variants, numbers, compiles=1)
+    steps.compile_all([variants[0], variants[1]._replace(group="other")], numbers, compiles=1)
+
+
+def test_turns_give_every_program_its_median():
+    class Program:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self):
+            self.calls += 1
+
+    programs = [Program(), Program()]
+    medians = steps.take_turns(programs, 0.001)
+    assert all(0 < median < 0.01 for median in medians)
+    assert min(program.calls for program in programs) >= 2
+
+
+def test_ratios_and_targets(capsys):
+    rows = [
+        {"framework": "jax", "variant": "jax plain", "group": "plain", "rounds": [1.0, 2.0, 1.0]},
+        {"framework": "jax", "variant": "jaxjd auto", "group": "together", "rounds": [2, 3, 2.4]},
+        {"framework": "torch", "variant": "torchjd plain", "group": "plain", "rounds": [3, 3, 3]},
+        {"framework": "torch", "variant": "torchjd a", "group": "together", "rounds": [24, 30, 24]},
+        {"framework": "torch", "variant": "torchjd b", "group": "together", "error": "broken"},
+    ]
+    steps.add_ratios(rows)
+    assert rows[1]["ratio"] == 2
+    assert rows[1]["speedup"] == 10
+    assert rows[3]["ratio"] == 8
+    assert "ratio" not in rows[4]
+    found = steps.check_targets([{"case": "a-32", **row} for row in rows])
+    assert [(target["figure"], target["met"]) for target in found] == [
+        ("ratio", True),
+        ("speedup", True),
+    ]
+    assert "missed" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_grid_times_equal_programs_once(capsys):
+    (row,) = steps.measure_grid(0.01, 2, [(8, 4, 2)])
+    assert jnp.isfinite(row["ratio"])
+    assert row["auto is"] in ("dense", "factored", "its own")
+    if row["auto is"] != "its own":
+        assert row["rounds"]["auto"] == row["rounds"][row["auto is"]]
