@@ -298,7 +298,10 @@ def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """Adds every row's figures relative to the plain step and to TorchJD's best."""
+    """Adds every row's figures relative to the plain step and to TorchJD's best.
+
+    The speed-up of a plain step is PyTorch's plain step over it.
+    """
     valid = [row for row in rows if "error" not in row]
     plain = {row["framework"]: row for row in valid if row["variant"].endswith(" plain")}
     best: dict[str, Row] = {}
@@ -315,7 +318,8 @@ def add_ratios(rows: list[Row]) -> None:
                 best.get(row["group"], row), row, key=lambda row: row["seconds"]
             )
     for row in valid:
-        if row["framework"] == "jax" and row["group"] in best:
+        whole = "without" not in row["variant"]
+        if row["framework"] == "jax" and row["group"] in best and whole:
             row["speedup"] = median_ratio(best[row["group"]]["rounds"], row["rounds"])
 
 
