@@ -17,6 +17,9 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The doctest collector would import it, and PyTorch is no dependency of the tests.
+collect_ignore = ["tests/benchmarks/step_torchjd.py"]
+
 
 _finished = itertools.count(1)
 
