@@ -145,6 +145,19 @@ def check_square(name: str, value: Any) -> int:
     return shape[0]
 
 
+def check_weights(name: str, weights: Any, num_tasks: int | None) -> jax.Array:
+    """Checks that weights are a vector with one entry per task, where that number is known.
+
+    Raises:
+      ValueError: If they are not.
+    """
+    if getattr(weights, "ndim", None) != 1:
+        raise ValueError(f"`{name}` must have shape (m,), got {type_name(weights)}.")
+    if num_tasks is not None:
+        check_length(name, weights.shape[0], num_tasks)
+    return weights
+
+
 def check_length(name: str, found: int, num_tasks: int) -> None:
     """Checks that a per-task hyper-parameter or state has one entry per task.
 

@@ -7,12 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxjd.autodiff._jacobian import arguments, check_argnums, value_and_jacobian
-from jaxjd.autodiff._tasks import check_differentiable, task_basis
+from jaxjd.autodiff._tasks import (
+    check_chunk_size,
+    check_differentiable,
+    count_losses,
+    map_in_chunks,
+    task_basis,
+    vjp,
+)
 from jaxjd.base import Gramian, Jacobian, PyTree
-from jaxjd.checks import check_length, check_static_int, type_name
+from jaxjd.checks import check_weights
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks, gramian
 
@@ -85,8 +91,7 @@ def value_and_gramian(
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
     numbers, single = check_argnums(argnums)
-    if chunk_size is not None:
-        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    chunk_size = check_chunk_size(chunk_size)
     if method == "vector_products":
         return _by_vector_products(fn, numbers, single, has_aux, chunk_size or 1, labels)
     engine = value_and_jacobian(fn, argnums, has_aux, chunk_size, form=method)
@@ -95,7 +100,7 @@ def value_and_gramian(
         values, jacobian = engine(*args, **kwargs)
         _, chosen = arguments(fn, numbers, args, kwargs)
         groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
-        return values, groups.gramians(jacobian), groups.pullback(jacobian)
+        return values, groups.apply(gramian, jacobian), groups.pullback(jacobian)
 
     return value_and_gramian_fn
 
@@ -124,24 +129,27 @@ class Groups(NamedTuple):
             return [leaf for leaf, label in pairs if label == name]
         return [leaf if label == name else fill(leaf) for leaf, label in pairs]
 
-    def gramians(self, jacobian: Jacobian) -> Gramian | dict[str, Gramian]:
+    def apply(self, fn: Callable[..., Gramian], *jacobians: Jacobian) -> Any:
+        """What a function gives for Jacobians, or with groups a dict of what it gives for each."""
         if self.found is None:
-            return gramian(jacobian)
-        return {name: gramian(self.cut(jacobian, name)) for name in self.names}
+            return fn(*jacobians)
+        return {
+            name: fn(*(self.cut(jacobian, name) for jacobian in jacobians)) for name in self.names
+        }
 
-    def weights(self, weights: Any, num_tasks: int) -> Any:
+    def weights(self, weights: Any, num_tasks: int | None) -> Any:
         """Checks weights; returns them, or with groups a dict of them."""
         if self.found is None:
-            return _check_weights("weights", weights, num_tasks)
+            return check_weights("weights", weights, num_tasks)
         if not isinstance(weights, Mapping):
-            checked = _check_weights("weights", weights, num_tasks)
+            checked = check_weights("weights", weights, num_tasks)
             return dict.fromkeys(self.names, checked)
         if sorted(weights) != self.names:
             raise ValueError(
                 f"`weights` must have one entry per group, {self.names}, found {sorted(weights)}."
             )
         return {
-            name: _check_weights(f"weights[{name!r}]", value, num_tasks)
+            name: check_weights(f"weights[{name!r}]", value, num_tasks)
             for name, value in weights.items()
         }
 
@@ -160,7 +168,7 @@ class Groups(NamedTuple):
         num_tasks = count_tasks(jacobian)
 
         def pullback(weights: Any) -> PyTree:
-            checked = self.weights(weights, num_tasks or 0)
+            checked = self.weights(weights, num_tasks)
             if self.found is None:
                 return combine(checked, jacobian)
             leaves, treedef = jax.tree.flatten(jacobian)
@@ -171,13 +179,6 @@ class Groups(NamedTuple):
             return jax.tree.unflatten(treedef, combined)
 
         return pullback
-
-
-def _check_weights(name: str, weights: Any, num_tasks: int) -> jax.Array:
-    if getattr(weights, "ndim", None) != 1:
-        raise ValueError(f"`{name}` must have shape (m,), got {type_name(weights)}.")
-    check_length(name, weights.shape[0], num_tasks)
-    return weights
 
 
 def _by_vector_products(
@@ -192,11 +193,7 @@ def _by_vector_products(
         losses_of, chosen = arguments(fn, numbers, args, kwargs)
         for arg in chosen:
             check_differentiable(arg)
-        aux = None
-        if has_aux:
-            losses, pull, aux = jax.vjp(losses_of, *chosen, has_aux=True)
-        else:
-            losses, pull = jax.vjp(losses_of, *chosen)
+        losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
         basis = task_basis(losses)
         # Not jax.linearize: functions with a rule for the backward pass only have no other.
         transposed = jax.linear_transpose(pull, losses)
@@ -223,23 +220,16 @@ def _by_vector_products(
                 for name in groups.names
             }
 
-        gramians = lax.map(column, basis, batch_size=chunk_size)
+        gramians = map_in_chunks(column, basis, chunk_size)
         # The two halves are rounded differently.
         gramians = jax.tree.map(lambda matrix: (matrix + matrix.T) / 2, gramians)
 
         def pull_back(weights: jax.Array) -> Any:
-            flat, treedef = jax.tree.flatten(losses)
-            cotangents, offset = [], 0
-            for leaf in flat:
-                part = weights[offset : offset + leaf.size]
-                cotangents.append(part.reshape(leaf.shape).astype(leaf.dtype))
-                offset += leaf.size
-            gradient = pull(jax.tree.unflatten(treedef, cotangents))
+            gradient = pull(combine(weights, basis))
             return gradient[0] if single else gradient
 
         def pullback(weights: Any) -> PyTree:
-            m = sum(leaf.size for leaf in jax.tree.leaves(losses))
-            return groups.spread(weights, m, pull_back)
+            return groups.spread(weights, count_losses(losses), pull_back)
 
         return ((losses, aux) if has_aux else losses), gramians, pullback
 

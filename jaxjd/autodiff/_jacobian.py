@@ -11,9 +11,15 @@ import jax.numpy as jnp
 
 from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._tapped import tapped_jacobian
-from jaxjd.autodiff._tasks import check_differentiable, pull_back_tasks, task_basis
+from jaxjd.autodiff._tasks import (
+    check_chunk_size,
+    check_differentiable,
+    map_in_chunks,
+    task_basis,
+    vjp,
+)
 from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import check_static_int, path_name
+from jaxjd.checks import path_name
 
 
 def value_and_jacobian(
@@ -59,8 +65,7 @@ def value_and_jacobian(
        [2. 4.]]
     """
     check_form(form)
-    if chunk_size is not None:
-        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    chunk_size = check_chunk_size(chunk_size)
     numbers, single = check_argnums(argnums)
 
     def value_and_jacobian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Jacobian]:
@@ -68,18 +73,13 @@ def value_and_jacobian(
         for arg in chosen:
             check_differentiable(arg)
 
-        aux = None
-        if form != "dense":
+        if form == "dense":
+            losses, pull_back, aux = vjp(losses_of, *chosen, has_aux=has_aux)
+            jacobians = map_in_chunks(pull_back, task_basis(losses), chunk_size)
+        else:
             losses, aux, jacobians = tapped_jacobian(
                 losses_of, tuple(chosen), has_aux, chunk_size, form
             )
-            jacobian = jacobians[0] if single else jacobians
-            return ((losses, aux) if has_aux else losses), jacobian
-        if has_aux:
-            losses, pull_back, aux = jax.vjp(losses_of, *chosen, has_aux=True)
-        else:
-            losses, pull_back = jax.vjp(losses_of, *chosen)
-        jacobians = pull_back_tasks(pull_back, task_basis(losses), chunk_size)
         jacobian = jacobians[0] if single else jacobians
         return ((losses, aux) if has_aux else losses), jacobian
 

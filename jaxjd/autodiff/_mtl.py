@@ -8,9 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.autodiff._tasks import check_differentiable, pull_back_tasks, task_basis, vary_like
+from jaxjd.autodiff._tasks import (
+    check_chunk_size,
+    check_differentiable,
+    map_in_chunks,
+    task_basis,
+    vary_like,
+    vjp,
+)
 from jaxjd.base import Gramian, Jacobian, PyTree
-from jaxjd.checks import check_static_int, type_name
+from jaxjd.checks import type_name
 from jaxjd.linalg.algebra import combine, gramian
 
 Heads = Callable[..., Any] | Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
@@ -83,7 +90,7 @@ def mtl_value_and_jacobian(
         trunk_params: PyTree, heads_params: PyTree, *args: Any
     ) -> tuple[Any, tuple[Jacobian, PyTree]]:
         values, trunk_back, cotangents, gradients = features_fn(trunk_params, heads_params, *args)
-        (jacobian,) = pull_back_tasks(trunk_back, cotangents, chunk_size)
+        (jacobian,) = map_in_chunks(trunk_back, cotangents, chunk_size)
         return values, (jacobian, gradients)
 
     return mtl_fn
@@ -159,8 +166,7 @@ def _features(
     trunk_fn: Callable[..., Any], heads_fn: Heads, has_aux: bool, chunk_size: int | None
 ) -> Callable[..., tuple[Any, Callable, Any, PyTree]]:
     """What both engines start with: the heads differentiated, the trunk not yet."""
-    if chunk_size is not None:
-        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    chunk_size = check_chunk_size(chunk_size)
 
     def features_fn(
         trunk_params: PyTree, heads_params: PyTree, *args: Any
@@ -171,11 +177,7 @@ def _features(
         def trunk(params: PyTree) -> Any:
             return trunk_fn(params, *args)
 
-        trunk_aux = None
-        if has_aux:
-            features, trunk_back, trunk_aux = jax.vjp(trunk, trunk_params, has_aux=True)
-        else:
-            features, trunk_back = jax.vjp(trunk, trunk_params)
+        features, trunk_back, trunk_aux = vjp(trunk, trunk_params, has_aux=has_aux)
         differentiate = _whole if callable(heads_fn) else _each
         losses, heads_aux, cotangents, gradients = differentiate(
             heads_fn, heads_params, features, args, has_aux, chunk_size
@@ -208,11 +210,7 @@ def _each(
         def loss_of(head_params: PyTree, features: Any, head: Callable = head) -> Any:
             return head(head_params, features, *args)
 
-        aux = None
-        if has_aux:
-            loss, back, aux = jax.vjp(loss_of, head_params, features, has_aux=True)
-        else:
-            loss, back = jax.vjp(loss_of, head_params, features)
+        loss, back, aux = vjp(loss_of, head_params, features, has_aux=has_aux)
         if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise ValueError(
                 f"Head {number} must return a floating point scalar loss, found {type_name(loss)}."
@@ -238,13 +236,9 @@ def _whole(
     def losses_of(params: PyTree, features: Any) -> Any:
         return heads_fn(params, features, *args)
 
-    aux = None
-    if has_aux:
-        losses, back, aux = jax.vjp(losses_of, heads_params, features, has_aux=True)
-    else:
-        losses, back = jax.vjp(losses_of, heads_params, features)
+    losses, back, aux = vjp(losses_of, heads_params, features, has_aux=has_aux)
     basis = task_basis(losses)
-    cotangents = pull_back_tasks(lambda cotangent: back(cotangent)[1], basis, chunk_size)
+    cotangents = map_in_chunks(lambda cotangent: back(cotangent)[1], basis, chunk_size)
     ones = jax.tree.map(lambda loss: vary_like(jnp.ones_like(loss), loss), losses)
     gradients = back(ones)[0]
     return losses, aux, cotangents, gradients

@@ -13,11 +13,16 @@ from jax import lax
 from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._gramian import Groups, Pullback
 from jaxjd.autodiff._tapped import Split, Traced, split, trace
-from jaxjd.autodiff._taps import evaluate
-from jaxjd.autodiff._tasks import batch_size, check_differentiable, vary_like
+from jaxjd.autodiff._tasks import (
+    batch_size,
+    check_chunk_size,
+    check_differentiable,
+    map_in_chunks,
+    vary_like,
+)
 from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import check_static_int, type_name
-from jaxjd.linalg.algebra import combine, cross_gramian
+from jaxjd.checks import type_name
+from jaxjd.linalg.algebra import combine, cross_gramian, gramian
 
 
 def per_example_value_and_jacobian(
@@ -60,8 +65,7 @@ def per_example_value_and_jacobian(
        [4. 8.]]
     """
     check_form(form)
-    if chunk_size is not None:
-        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    chunk_size = check_chunk_size(chunk_size)
 
     def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, Jacobian]:
         engine = _Engine(fn, params, batch, has_aux, form)
@@ -114,15 +118,14 @@ def per_example_value_and_gramian(
       [2. 8.]
     """
     check_form(form)
-    if chunk_size is not None:
-        chunk_size = check_static_int("chunk_size", chunk_size, at_least=1)
+    chunk_size = check_chunk_size(chunk_size)
 
     def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, Any, Pullback]:
         engine = _Engine(fn, params, batch, has_aux, form)
         groups = Groups.of(labels, params)
         if chunk_size is None or chunk_size >= engine.size:
             losses, aux, jacobian = engine.run(batch, None)
-            gramians, pullback = groups.gramians(jacobian), groups.pullback(jacobian)
+            gramians, pullback = groups.apply(gramian, jacobian), groups.pullback(jacobian)
         else:
             losses, aux, gramians, pullback = engine.run_in_chunks(batch, chunk_size, groups)
         return ((losses, aux) if has_aux else losses), gramians, pullback
@@ -153,45 +156,27 @@ class _Engine:
         leaves, self.treedef = jax.tree.flatten(params)
         self.leaves = [jnp.asarray(leaf) for leaf in leaves]
         self.traced: Traced = trace(loss_of, (params, example), has_aux)
-        self.parts: Split = split(
-            self.traced, len(leaves), self.size, form, per_task=form != "dense"
-        )
+        self.parts = self._split(form)
+
+    def _split(self, form: str) -> Split:
+        return split(self.traced, len(self.leaves), self.size, form, per_task=True)
 
     def factored(self) -> _Engine:
         """The same with all factors that there are, for a combination of rows used once."""
         other = copy.copy(self)
-        other.parts = split(self.traced, len(self.leaves), self.size, "factored", per_task=True)
+        other.parts = self._split("factored")
         return other
 
     def run(self, batch: tuple, chunk_size: int | None) -> tuple[Any, Any, Jacobian]:
         """The losses, the auxiliary output and the Jacobian."""
-        jaxpr, parts = self.traced.jaxpr, self.parts
-        rest = {number: self.leaves[number] for number in parts.rest}
 
         def one(example: list[jax.Array]) -> tuple:
-            def run(rest: dict, taps: dict) -> tuple[Any, Any]:
-                full = [rest.get(number, leaf) for number, leaf in enumerate(self.leaves)]
-                outputs, inputs = evaluate(
-                    jaxpr.jaxpr, jaxpr.consts, [*full, *example], parts.plan, taps
-                )
-                (loss,), aux = self.traced.split(outputs)
-                return loss, (aux, inputs)
+            (loss,), pull_back, aux, inputs = self.parts.vjp(self.leaves, example)
+            return loss, aux, inputs, *pull_back([vary_like(jnp.ones_like(loss), loss)])
 
-            loss, pull_back, (aux, inputs) = jax.vjp(run, rest, parts.zeros(), has_aux=True)
-            return loss, aux, inputs, *pull_back(vary_like(jnp.ones_like(loss), loss))
-
-        examples = jax.tree.leaves(batch)
-        if chunk_size is None or chunk_size >= self.size:
-            found = jax.vmap(one)(examples)
-        else:
-            found = lax.map(one, examples, batch_size=chunk_size)
+        found = map_in_chunks(one, jax.tree.leaves(batch), chunk_size)
         losses, aux, inputs, dense, cotangents = found
-        jacobian = [
-            dense[number]
-            if number in dense
-            else parts.leaf(number, inputs[number], cotangents[number], per_task=True)
-            for number in range(len(self.leaves))
-        ]
+        jacobian = self.parts.jacobian(dense, inputs, cotangents, per_task=True)
         losses, aux = jax.tree.unflatten(self.traced.outputs, [losses, *aux])
         return losses, aux, jax.tree.unflatten(self.treedef, jacobian)
 
@@ -214,24 +199,16 @@ class _Engine:
         chunks = parts_of(batch)
         numbers = jnp.arange(count)
 
-        def products(jacobian_1: Jacobian, jacobian_2: Jacobian) -> Any:
-            if groups.found is None:
-                return cross_gramian(jacobian_1, jacobian_2)
-            return {
-                name: cross_gramian(groups.cut(jacobian_1, name), groups.cut(jacobian_2, name))
-                for name in groups.names
-            }
-
         def block_row(pair: tuple[jax.Array, tuple]) -> tuple:
             row, chunk = pair
             losses, aux, jacobian = self.run(chunk, None)
-            own = groups.gramians(jacobian)
+            own = groups.apply(gramian, jacobian)
 
             def block(pair: tuple[jax.Array, tuple]) -> Any:
                 column, chunk = pair
                 return lax.cond(
                     column > row,
-                    lambda: products(jacobian, self.run(chunk, None)[2]),
+                    lambda: groups.apply(cross_gramian, jacobian, self.run(chunk, None)[2]),
                     # Half of each block of the diagonal: the other is added below.
                     lambda: jax.tree.map(
                         lambda matrix: jnp.where(column == row, matrix / 2, 0), own

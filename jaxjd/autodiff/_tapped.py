@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jaxjd.autodiff._tasks import (
     batch_size,
     check_differentiable,
     count_losses,
-    pull_back_tasks,
+    map_in_chunks,
     task_basis,
     vary_like,
 )
@@ -60,34 +60,69 @@ def trace(fn: Callable[..., Any], args: PyTree, has_aux: bool) -> Traced:
 
 
 class Split(NamedTuple):
-    """What of a function is tapped, and what is differentiated as usual.
+    """A function of parameters, some of which are tapped and the rest differentiated as usual.
 
     Attributes:
+      traced: The function; the parameters are its first arguments.
       taps: Where the parameters are used.
       choices: The form of every leaf.
       plan: The sites that are tapped.
       rest: The numbers of the parameters that are differentiated.
     """
 
+    traced: Traced
     taps: Taps
     choices: list[Choice]
     plan: Plan
     rest: list[int]
 
-    def zeros(self) -> dict[int, jax.Array]:
-        tapped = [n for n in self.taps.sites if n not in self.rest]
+    def vjp(
+        self, leaves: Sequence[jax.Array], others: Sequence[jax.Array] = ()
+    ) -> tuple[list[Any], Callable, list[Any], dict[int, jax.Array]]:
+        """Runs the function on the parameters and its other arguments.
+
+        Returns:
+          The losses; the function that takes their cotangents to ``(gradients, cotangents)``, of
+          what is differentiated and at the outputs of what is tapped; the auxiliary output; and the
+          inputs of the tapped layers.
+        """
+        jaxpr = self.traced.jaxpr
+
+        def run(rest: dict[int, jax.Array], taps: dict[int, jax.Array]) -> tuple[Any, Any]:
+            full = [rest.get(number, leaf) for number, leaf in enumerate(leaves)]
+            outputs, inputs = evaluate(jaxpr.jaxpr, jaxpr.consts, [*full, *others], self.plan, taps)
+            losses, aux = self.traced.split(outputs)
+            return losses, (aux, inputs)
+
+        rest = {number: leaves[number] for number in self.rest}
+        losses, pull_back, (aux, inputs) = jax.vjp(run, rest, self._zeros(), has_aux=True)
+        return losses, pull_back, aux, inputs
+
+    def _zeros(self) -> dict[int, jax.Array]:
         zeros = {}
-        for number in tapped:
-            site = self.taps.sites[number]
-            zero = jnp.zeros(site.output.shape, site.output.dtype)
-            zeros[number] = vary_like(zero, site.equation.outvars[0].aval)
+        for number, site in self.taps.sites.items():
+            if number not in self.rest:
+                zero = jnp.zeros(site.output.shape, site.output.dtype)
+                zeros[number] = vary_like(zero, site.equation.outvars[0].aval)
         return zeros
 
-    def leaf(
-        self, number: int, inputs: jax.Array, cotangents: jax.Array, per_task: bool = False
-    ) -> jax.Array | FactoredLeaf:
-        leaf = self.taps.sites[number].leaf(inputs, cotangents, per_task)
-        return leaf if self.choices[number].form == "factored" else leaf.materialize()
+    def jacobian(
+        self,
+        dense: dict[int, jax.Array],
+        inputs: dict[int, jax.Array],
+        cotangents: dict[int, jax.Array],
+        per_task: bool = False,
+    ) -> list[jax.Array | FactoredLeaf]:
+        """The leaves, from stacks of what `vjp` gave."""
+        found: list[jax.Array | FactoredLeaf] = []
+        for number, choice in enumerate(self.choices):
+            if number in dense:
+                found.append(dense[number])
+                continue
+            site = self.taps.sites[number]
+            leaf = site.leaf(inputs[number], cotangents[number], per_task)
+            found.append(leaf if choice.form == "factored" else leaf.materialize())
+        return found
 
 
 def split(traced: Traced, num_params: int, m: int, form: str, per_task: bool = False) -> Split:
@@ -96,7 +131,7 @@ def split(traced: Traced, num_params: int, m: int, form: str, per_task: bool = F
     choices = choose(taps, num_params, m, form, per_task)
     rest = [number for number, choice in enumerate(choices) if not choice.tapped]
     tapped = set(range(num_params)) - set(rest)
-    return Split(taps, choices, prune(taps.plan, tapped), rest)
+    return Split(traced, taps, choices, prune(taps.plan, tapped), rest)
 
 
 def plan_jacobian(
@@ -132,19 +167,8 @@ def tapped_jacobian(
     leaves, treedef = jax.tree.flatten(args)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     parts = split(traced, len(leaves), traced.num_tasks, form)
-
-    def run(rest: dict[int, jax.Array], taps: dict[int, jax.Array]) -> tuple[Any, Any]:
-        full = [rest.get(number, leaf) for number, leaf in enumerate(leaves)]
-        outputs, inputs = evaluate(traced.jaxpr.jaxpr, traced.jaxpr.consts, full, parts.plan, taps)
-        losses, aux = traced.split(outputs)
-        return losses, (aux, inputs)
-
-    rest = {number: leaves[number] for number in parts.rest}
-    losses, pull_back, (aux, inputs) = jax.vjp(run, rest, parts.zeros(), has_aux=True)
-    dense, cotangents = pull_back_tasks(pull_back, task_basis(losses), chunk_size)
-    jacobian = [
-        dense[number] if number in dense else parts.leaf(number, inputs[number], cotangents[number])
-        for number in range(len(leaves))
-    ]
+    losses, pull_back, aux, inputs = parts.vjp(leaves)
+    dense, cotangents = map_in_chunks(pull_back, task_basis(losses), chunk_size)
+    jacobian = parts.jacobian(dense, inputs, cotangents)
     losses, aux = jax.tree.unflatten(traced.outputs, [*losses, *aux])
     return losses, aux, jax.tree.unflatten(treedef, jacobian)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.base import PyTree
-from jaxjd.checks import path_name, type_name
+from jaxjd.checks import check_static_int, path_name, type_name
 
 
 def check_differentiable(params: PyTree) -> None:
@@ -75,14 +75,28 @@ def _varying(aval: Any) -> frozenset:
     return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
 
 
-def pull_back_tasks(
-    pull_back: Callable[[Any], Any], cotangents: PyTree, chunk_size: int | None
-) -> Any:
-    """Pulls a stack of cotangents back, `chunk_size` at a time."""
-    m = jax.tree.leaves(cotangents)[0].shape[0]
-    if chunk_size is None or chunk_size >= m:
-        return jax.vmap(pull_back)(cotangents)
-    return lax.map(pull_back, cotangents, batch_size=chunk_size)
+def map_in_chunks(fn: Callable[[Any], Any], stacked: PyTree, chunk_size: int | None) -> Any:
+    """Maps a function over the leading axis, `chunk_size` entries at a time."""
+    size = jax.tree.leaves(stacked)[0].shape[0]
+    if chunk_size is None or chunk_size >= size:
+        return jax.vmap(fn)(stacked)
+    return lax.map(fn, stacked, batch_size=chunk_size)
+
+
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    """Checks how many entries are mapped at a time.
+
+    Raises:
+      ValueError: If it is neither None nor a positive static int.
+    """
+    return None if chunk_size is None else check_static_int("chunk_size", chunk_size, at_least=1)
+
+
+def vjp(fn: Callable[..., Any], *primals: Any, has_aux: bool) -> tuple[Any, Callable, Any]:
+    """``jax.vjp`` that always returns auxiliary output, None without."""
+    if has_aux:
+        return jax.vjp(fn, *primals, has_aux=True)
+    return *jax.vjp(fn, *primals), None
 
 
 def batch_size(batch: PyTree) -> int:

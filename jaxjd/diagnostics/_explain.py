@@ -10,6 +10,7 @@ import jax
 from jaxjd.autodiff import plan_jacobian
 from jaxjd.base import PyTree
 from jaxjd.checks import path_name
+from jaxjd.linalg.costs import Sizes, dense_cost
 
 
 class LeafReport(NamedTuple):
@@ -99,7 +100,8 @@ def explain_jacobian(
         entries = m * leaf.size
         width = max(4, leaf.dtype.itemsize)
         sizes = sites[number].sizes(m, per_example) if number in sites else None
-        flops = 2 * m * entries + 2 * entries
+        # Without a layer the rows come from the backward pass.
+        dense = choice.dense or dense_cost(Sizes(m, 1, 0, 1, leaf.size, width))
         reports.append(
             LeafReport(
                 path=path_name(path),
@@ -107,7 +109,7 @@ def explain_jacobian(
                 form=choice.form,
                 layer="other" if sizes is None else sites[number].kind,
                 reason=choice.reason,
-                dense_flops=flops if choice.dense is None else choice.dense.flops,
+                dense_flops=dense.flops,
                 dense_bytes=entries * leaf.dtype.itemsize,
                 factored_flops=None if choice.factored is None else choice.factored.flops,
                 factored_bytes=None if sizes is None else sizes.factor_entries * width,

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
-from jaxjd.checks import check_length, leaf_names, path_name, type_name
+from jaxjd.checks import check_weights, leaf_names, path_name, type_name
 from jaxjd.linalg.factored import FactoredLeaf
 
 # Signs of small inner products carry the conflict: TF32 and bfloat16 products would destroy them.
@@ -179,11 +179,7 @@ def combine(weights: jax.Array, jacobian: Jacobian) -> PyTree:
       >>> print(jaxjd.combine(jnp.array([1.0, 2.0]), jnp.array([[-4.0, 1.0], [6.0, 1.0]])))
       [8. 3.]
     """
-    if getattr(weights, "ndim", None) != 1:
-        raise ValueError(f"`weights` must have shape (m,), got {type_name(weights)}.")
-    num_tasks = count_tasks(jacobian)
-    if num_tasks is not None:
-        check_length("weights", weights.shape[0], num_tasks)
+    check_weights("weights", weights, count_tasks(jacobian))
     return jax.tree.map(lambda leaf: _leaf_combination(weights, leaf), jacobian)
 
 
