@@ -59,6 +59,15 @@ from jaxjd.linalg import combine as combine
 from jaxjd.linalg import cross_gramian as cross_gramian
 from jaxjd.linalg import gramian as gramian
 from jaxjd.linalg import materialize as materialize
+from jaxjd.transforms import EnsureAggregatedState as EnsureAggregatedState
+from jaxjd.transforms import MultiStepsState as MultiStepsState
+from jaxjd.transforms import PerTaskState as PerTaskState
+from jaxjd.transforms import SkipIfNotFiniteState as SkipIfNotFiniteState
+from jaxjd.transforms import ensure_aggregated as ensure_aggregated
+from jaxjd.transforms import freeze as freeze
+from jaxjd.transforms import multi_steps as multi_steps
+from jaxjd.transforms import per_task as per_task
+from jaxjd.transforms import skip_if_not_finite as skip_if_not_finite
 
 try:
     __version__ = _version("jaxjd")
@@ -69,12 +78,16 @@ __all__ = [
     "Aggregator",
     "AggregatorState",
     "CrossGramianWeighting",
+    "EnsureAggregatedState",
     "GradDropState",
     "GroupedState",
     "JacobianWeighting",
     "MomentumConflictFreeState",
+    "MultiStepsState",
     "PartitionState",
+    "PerTaskState",
     "Scalarizer",
+    "SkipIfNotFiniteState",
     "Weighting",
     "aligned_mtl",
     "cagrad",
@@ -85,7 +98,9 @@ __all__ = [
     "db_mtl",
     "diagnostics",
     "dualproj",
+    "ensure_aggregated",
     "excess_mtl",
+    "freeze",
     "graddrop",
     "gradnorm",
     "gradvac",
@@ -103,6 +118,7 @@ __all__ = [
     "momentum_conflict_free",
     "mtl_value_and_gramian",
     "mtl_value_and_jacobian",
+    "multi_steps",
     "partition",
     "fairgrad",
     "nash_mtl",
@@ -110,9 +126,11 @@ __all__ = [
     "pcgrad",
     "per_example_value_and_gramian",
     "per_example_value_and_jacobian",
+    "per_task",
     "random",
     "scalarizers",
     "sdmgrad",
+    "skip_if_not_finite",
     "stack_tasks",
     "stch",
     "sum",

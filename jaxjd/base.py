@@ -187,8 +187,15 @@ class AggregatorState(NamedTuple):
 
 
 def stateless(num_tasks: Any = None, params: PyTree | None = None) -> tuple[()]:
-    """The `init` of every weighting without state."""
-    del num_tasks, params
+    """The `init` of every weighting without state.
+
+    Raises:
+      ValueError: If it gets parameters, as an optax transformation would.
+    """
+    # The weights of `flattening` have a shape.
+    if num_tasks is not None and not isinstance(num_tasks, tuple):
+        _check_num_tasks(num_tasks)
+    del params
     return ()
 
 
@@ -201,6 +208,15 @@ def require_num_tasks(num_tasks: Any, name: str) -> int:
     if num_tasks is None:
         raise ValueError(
             f"The state of `{name}` depends on the number of tasks: pass `num_tasks=`."
+        )
+    return _check_num_tasks(num_tasks)
+
+
+def _check_num_tasks(num_tasks: Any) -> int:
+    if not jax.tree_util.all_leaves([num_tasks]):
+        raise ValueError(
+            f"`num_tasks` must be a static int, got {type_name(num_tasks)}. (Parameters are for "
+            "aggregators: `jaxjd.weighted` makes one from a weighting.)"
         )
     return check_static_int("num_tasks", num_tasks, at_least=1)
 
@@ -215,6 +231,18 @@ def weight_dtype(tree: PyTree | None) -> jnp.dtype:
     if not floats:
         return jnp.asarray(0.0).dtype
     return jnp.dtype(jnp.result_type(jnp.float32, *floats))
+
+
+def stack_states(state: PyTree, size: int) -> PyTree:
+    """Returns `size` copies of a state along a new leading axis, each with keys of its own."""
+    return jax.tree.map(lambda leaf: _stack(leaf, size), state)
+
+
+def _stack(leaf: jax.Array, size: int) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.vmap(lambda number: jax.random.fold_in(leaf, number))(jnp.arange(size))
+    # Broadcasting keeps the sharding in the type.
+    return jnp.broadcast_to(leaf, (size, *leaf.shape))
 
 
 def fresh_key(key: jax.Array | int) -> jax.Array:

@@ -63,7 +63,7 @@ def test_catalogue_is_registered():
         and inspect.signature(getattr(jaxjd, name)).return_annotation == "Aggregator"
     }
     unweighted = {method.name for method in UNWEIGHTED}
-    assert returns_aggregator - {"weighted", "partition", "grouped"} == named | unweighted
+    assert returns_aggregator - {"freeze", "grouped", "partition", "weighted"} == named | unweighted
     wrappers = {"cr_mogm", "flattening"}
     functions = {
         name

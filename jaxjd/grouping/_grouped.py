@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.aggregators._weighted import check_num_tasks, read_stat, weighted
-from jaxjd.base import Aggregator, Jacobian, JacobianWeighting, PyTree, Weighting, weight_dtype
+from jaxjd.base import (
+    Aggregator,
+    Jacobian,
+    JacobianWeighting,
+    PyTree,
+    Weighting,
+    stack_states,
+    weight_dtype,
+)
 from jaxjd.grouping._partition import skeleton
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks
@@ -80,7 +88,7 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
         weights: Any = ()
         if num_tasks is not None:
             weights = jnp.zeros((size, num_tasks), weight_dtype(params))
-        return GroupedState(weights, jax.tree.map(lambda leaf: _repeat(leaf, size), state))
+        return GroupedState(weights, stack_states(state, size))
 
     def update(
         updates: Jacobian, state: GroupedState, params: PyTree | None = None, **extra_args: Any
@@ -131,9 +139,3 @@ def _pick(jacobian: Jacobian, treedef: Any, found: list[str], group: str) -> lis
             f"{structure}."
         )
     return [leaf for leaf, label in zip(leaves, found, strict=True) if label == group]
-
-
-def _repeat(leaf: jax.Array, size: int) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.vmap(lambda number: jax.random.fold_in(leaf, number))(jnp.arange(size))
-    return jnp.broadcast_to(leaf, (size, *leaf.shape))

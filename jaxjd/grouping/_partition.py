@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import Aggregator, Jacobian, PyTree
-from jaxjd.checks import path_name, type_name
+from jaxjd.checks import check_state, path_name, type_name
 from jaxjd.labels import resolve
 
 
@@ -86,6 +86,12 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
     def update(
         updates: Jacobian, state: PartitionState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PartitionState]:
+        check_state("`partition`", state, PartitionState)
+        if sorted(state.inner_states) != sorted(transforms):
+            raise ValueError(
+                f"The state has the labels {sorted(state.inner_states)}, but there are aggregators "
+                f"for {sorted(transforms)}."
+            )
         leaves, treedef = jax.tree.flatten(updates)
         like = skeleton(updates) if params is None else params
         found = _resolve(labels, like, transforms)

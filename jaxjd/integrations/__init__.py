@@ -1,0 +1,1 @@
+"""Integrations with other libraries, a module each; nothing here is imported by `jaxjd` itself."""
