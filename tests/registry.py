@@ -296,6 +296,40 @@ GROUPINGS = (
 )
 """Aggregators that work group by group, on the parameters of `example_params`."""
 
+LINKS = (
+    Method(
+        "per_task(ema)",
+        None,
+        lambda num_tasks: optax.chain(
+            jaxjd.per_task(optax.ema(0.9), num_tasks), jaxjd.imtl_g(num_tasks=num_tasks)
+        ),
+        stateful=True,
+    ),
+    Method(
+        "multi_steps(excess_mtl)",
+        None,
+        lambda num_tasks: jaxjd.multi_steps(jaxjd.excess_mtl(num_tasks=num_tasks), 2, num_tasks),
+        stateful=True,
+    ),
+    Method(
+        "multi_steps(modo)",
+        None,
+        lambda num_tasks: jaxjd.multi_steps(
+            jaxjd.modo(num_tasks=num_tasks), 2, num_tasks, cross_jacobians=True
+        ),
+        stat="cross",
+        stateful=True,
+    ),
+    Method(
+        "skip_if_not_finite(gradvac)",
+        None,
+        lambda num_tasks: jaxjd.skip_if_not_finite(jaxjd.gradvac(num_tasks=num_tasks)),
+        random=True,
+        stateful=True,
+    ),
+)
+"""Aggregators among chain links."""
+
 WEIGHTINGS = NAMED + VARIANTS + WRAPPED
 AGGREGATORS = NAMED + UNWEIGHTED + VARIANTS + WRAPPED + GROUPINGS
 

@@ -16,9 +16,19 @@ from jax.sharding import AxisType
 
 import jaxjd
 from tests import registry
-from tests.registry import AGGREGATORS, GROUPINGS, NAMED, UNWEIGHTED, WEIGHTINGS, M, Method, by_name
+from tests.registry import (
+    AGGREGATORS,
+    GROUPINGS,
+    LINKS,
+    NAMED,
+    UNWEIGHTED,
+    WEIGHTINGS,
+    M,
+    Method,
+    by_name,
+)
 
-all_aggregators = pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
+all_aggregators = pytest.mark.parametrize("method", AGGREGATORS + LINKS, ids=by_name)
 
 
 def make_chain(method: Method) -> optax.GradientTransformationExtraArgs:
