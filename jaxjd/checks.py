@@ -98,6 +98,34 @@ def check_range(
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
+def check_function(name: str, value: Any) -> None:
+    """Checks that an argument is a function.
+
+    Raises:
+      ValueError: If it cannot be called.
+    """
+    if not callable(value):
+        raise ValueError(f"`{name}` must be a function, got {type_name(value)}.")
+
+
+def check_state(name: str, state: Any, kind: Any) -> None:
+    """Checks that a state has the fields of the NamedTuple that the method's `init` returns.
+
+    Raises:
+      ValueError: If it has not, as the state of another method has not.
+    """
+    if not all(hasattr(state, field) for field in kind._fields):
+        raise ValueError(
+            f"The state of {name} must be what its `init` returns, {kind.__name__}, got "
+            f"{type_name(state)}."
+        )
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether numbers of this dtype are real; Booleans are no numbers."""
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
 def check_static_int(name: str, value: Any, *, at_least: int) -> int:
     """Checks an integer that shapes or trip counts depend on.
 
@@ -124,6 +152,8 @@ def as_vector(name: str, value: Any) -> jax.Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` must be a vector of numbers, got {value!r}.") from error
+    if array.ndim == 1 and array.size and not is_real(array.dtype):
+        raise ValueError(f"`{name}` must hold real numbers, got {type_name(array)}.")
     if array.ndim != 1:
         raise ValueError(
             f"`{name}` must be a vector with one entry per task, got shape {array.shape}."
@@ -153,6 +183,8 @@ def check_weights(name: str, weights: Any, num_tasks: int | None) -> jax.Array:
     """
     if getattr(weights, "ndim", None) != 1:
         raise ValueError(f"`{name}` must have shape (m,), got {type_name(weights)}.")
+    if not is_real(weights.dtype):
+        raise ValueError(f"`{name}` must be real numbers, got {type_name(weights)}.")
     if num_tasks is not None:
         check_length(name, weights.shape[0], num_tasks)
     return weights

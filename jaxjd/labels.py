@@ -122,6 +122,12 @@ def by_rules(
       >>> rules({"body": {"w": 0.0}, "head_1": {"w": 0.0}})
       {'body': {'w': 'trunk'}, 'head_1': {'w': 'heads'}}
     """
+    if not isinstance(rules, Sequence):
+        raise ValueError(
+            f"`rules` must be a sequence of pairs (regular expression, label), got {rules!r}."
+        )
+    if default is not None and not isinstance(default, str):
+        raise ValueError(f"`default` must be a label, a string, got {default!r}.")
     compiled = []
     for rule in rules:
         if not (

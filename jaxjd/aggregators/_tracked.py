@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd import weightings
-from jaxjd.aggregators._weighted import check_num_tasks
+from jaxjd.aggregators._weighted import check_logged, check_num_tasks
 from jaxjd.base import (
     Aggregator,
     AggregatorState,
@@ -21,6 +21,7 @@ from jaxjd.base import (
     PyTree,
     require_num_tasks,
 )
+from jaxjd.checks import check_state
 from jaxjd.linalg.algebra import combine, count_tasks
 
 __all__ = ["db_mtl", "moco"]
@@ -123,6 +124,8 @@ def _tracked(weighting: JacobianWeighting, num_tasks: int | None, name: str) -> 
         if m is None:
             return updates, state
         check_num_tasks(m, num_tasks)
+        check_state(f"`{name}`", state, AggregatorState)
+        check_logged(state.weights, (m,))
         _, inner = weighting.update(updates, state.weighting, **extra_args)
         # The state has the structure of the parameters, and the Jacobian may have another one with
         # the same leaves (see `leaf_names`).

@@ -17,7 +17,7 @@ from jaxjd.base import (
     Weighting,
     weight_dtype,
 )
-from jaxjd.checks import check_static_int
+from jaxjd.checks import check_state, check_static_int, type_name
 from jaxjd.linalg.algebra import combine, count_tasks, cross_gramian, gramian
 
 
@@ -73,10 +73,12 @@ def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregato
         if m is None:
             return updates, state
         check_num_tasks(m, num_tasks)
+        check_state("an aggregator", state, AggregatorState)
+        check_logged(state.weights, () if num_tasks is None else (m,))
         stat = read_stat(weighting, updates, extra_args)
         weights, inner = weighting.update(stat, state.weighting, **extra_args)
-        if weights.shape != (m,):
-            raise ValueError(f"Expected weights of shape {(m,)}, found {weights.shape}.")
+        if getattr(weights, "shape", None) != (m,):
+            raise ValueError(f"Expected weights of shape {(m,)}, found {type_name(weights)}.")
         logged = () if num_tasks is None else weights.astype(jnp.asarray(state.weights).dtype)
         return combine(weights, updates), AggregatorState(weights=logged, weighting=inner)
 
@@ -93,6 +95,19 @@ def check_num_tasks(found: int, num_tasks: int | None) -> None:
         raise ValueError(
             f"The aggregator was made with num_tasks={num_tasks}, but the Jacobian has {found} "
             "rows (the size of its leading task axis)."
+        )
+
+
+def check_logged(weights: Any, shape: tuple[int, ...]) -> None:
+    """Checks the shape of the weights that a state logs; ``()`` if it logs none.
+
+    Raises:
+      ValueError: If they have another one.
+    """
+    if getattr(weights, "shape", ()) != shape:
+        raise ValueError(
+            f"The state's `weights` must have shape {shape}, found {type_name(weights)}: was the "
+            "state made with another `num_tasks`?"
         )
 
 

@@ -18,7 +18,7 @@ from jaxjd.autodiff._tasks import (
     vjp,
 )
 from jaxjd.base import Gramian, Jacobian, PyTree
-from jaxjd.checks import check_weights
+from jaxjd.checks import check_function, check_weights
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks, gramian
 
@@ -88,6 +88,7 @@ def value_and_gramian(
       >>> gramian.shape, gradient["hidden"].shape
       ((2, 2), (3, 4))
     """
+    check_function("fn", fn)
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
     numbers, single = check_argnums(argnums)

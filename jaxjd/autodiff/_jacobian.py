@@ -19,7 +19,7 @@ from jaxjd.autodiff._tasks import (
     vjp,
 )
 from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import path_name
+from jaxjd.checks import check_function, path_name, type_name
 
 
 def value_and_jacobian(
@@ -64,6 +64,7 @@ def value_and_jacobian(
       [[4. 4.]
        [2. 4.]]
     """
+    check_function("fn", fn)
     check_form(form)
     chunk_size = check_chunk_size(chunk_size)
     numbers, single = check_argnums(argnums)
@@ -124,10 +125,10 @@ def stack_tasks(jacobian: PyTree, losses: PyTree) -> Jacobian:
     def stack(path: Any, *leaves: jax.Array) -> jax.Array:
         rows = []
         for shape, leaf in zip(shapes, leaves, strict=True):
-            if leaf.shape[: len(shape)] != shape:
+            if not hasattr(leaf, "shape") or leaf.shape[: len(shape)] != shape:
                 raise ValueError(
                     f"Jacobian leaf '{path_name(path)}': expected a shape that starts with the "
-                    f"losses' {shape}, found {leaf.shape}."
+                    f"losses' {shape}, found {getattr(leaf, 'shape', type_name(leaf))}."
                 )
             rows.append(leaf.reshape(math.prod(shape), *leaf.shape[len(shape) :]))
         return jnp.concatenate(rows)

@@ -17,7 +17,7 @@ from jaxjd.autodiff._tasks import (
     vjp,
 )
 from jaxjd.base import Gramian, Jacobian, PyTree
-from jaxjd.checks import type_name
+from jaxjd.checks import check_function, type_name
 from jaxjd.linalg.algebra import combine, gramian
 
 Heads = Callable[..., Any] | Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
@@ -166,6 +166,7 @@ def _features(
     trunk_fn: Callable[..., Any], heads_fn: Heads, has_aux: bool, chunk_size: int | None
 ) -> Callable[..., tuple[Any, Callable, Any, PyTree]]:
     """What both engines start with: the heads differentiated, the trunk not yet."""
+    check_function("trunk_fn", trunk_fn)
     chunk_size = check_chunk_size(chunk_size)
 
     def features_fn(

@@ -17,11 +17,12 @@ from jaxjd.autodiff._tasks import (
     batch_size,
     check_chunk_size,
     check_differentiable,
+    check_pair,
     map_in_chunks,
     vary_like,
 )
 from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import type_name
+from jaxjd.checks import check_function, type_name
 from jaxjd.linalg.algebra import combine, cross_gramian, gramian
 
 
@@ -64,6 +65,7 @@ def per_example_value_and_jacobian(
       [[0. 0.]
        [4. 8.]]
     """
+    check_function("fn", fn)
     check_form(form)
     chunk_size = check_chunk_size(chunk_size)
 
@@ -117,6 +119,7 @@ def per_example_value_and_gramian(
       >>> print(pullback(jnp.array([1.0, 1.0])))
       [2. 8.]
     """
+    check_function("fn", fn)
     check_form(form)
     chunk_size = check_chunk_size(chunk_size)
 
@@ -145,7 +148,7 @@ class _Engine:
 
         def loss_of(params: PyTree, example: tuple) -> Any:
             found = fn(params, *example)
-            loss = found[0] if has_aux else found
+            loss = check_pair(found)[0] if has_aux else found
             if getattr(loss, "shape", None) != ():
                 raise ValueError(
                     f"The loss of an example must be a scalar, found {type_name(loss)}."

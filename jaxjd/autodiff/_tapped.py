@@ -13,12 +13,14 @@ from jaxjd.autodiff._taps import Plan, Taps, evaluate, find, prune
 from jaxjd.autodiff._tasks import (
     batch_size,
     check_differentiable,
+    check_pair,
     count_losses,
     map_in_chunks,
     task_basis,
     vary_like,
 )
 from jaxjd.base import PyTree
+from jaxjd.checks import check_function
 from jaxjd.linalg.factored import FactoredLeaf
 
 
@@ -50,7 +52,7 @@ def trace(fn: Callable[..., Any], args: PyTree, has_aux: bool) -> Traced:
 
     def flat_fn(*leaves: Any) -> list[Any]:
         found = fn(*jax.tree.unflatten(treedef, leaves))
-        losses, aux = found if has_aux else (found, None)
+        losses, aux = check_pair(found) if has_aux else (found, None)
         count_losses(losses)  # Reports what is no loss with its path.
         seen.append((jax.tree.structure((losses, aux)), len(jax.tree.leaves(losses))))
         return jax.tree.leaves((losses, aux))
@@ -143,6 +145,7 @@ def plan_jacobian(
     per_example: bool = False,
 ) -> tuple[list[Choice], dict[int, Any], int]:
     """Returns the form of every leaf, the layers that were found, and the number of tasks."""
+    check_function("fn", fn)
     check_form(form)
     check_differentiable(params)
     size = batch_size(args) if per_example else None

@@ -95,8 +95,23 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 def vjp(fn: Callable[..., Any], *primals: Any, has_aux: bool) -> tuple[Any, Callable, Any]:
     """``jax.vjp`` that always returns auxiliary output, None without."""
     if has_aux:
-        return jax.vjp(fn, *primals, has_aux=True)
+        return jax.vjp(lambda *args: check_pair(fn(*args)), *primals, has_aux=True)
     return *jax.vjp(fn, *primals), None
+
+
+def check_pair(found: Any) -> Any:
+    """Checks that a function with auxiliary output returned it; returns what it returned.
+
+    Raises:
+      ValueError: If it is no pair.
+    """
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        size = f" of {len(found)}" if isinstance(found, (tuple, list)) else ""
+        raise ValueError(
+            "With has_aux=True the function must return a pair, its result and the auxiliary "
+            f"output, found {type_name(found)}{size}."
+        )
+    return found
 
 
 def batch_size(batch: PyTree) -> int:

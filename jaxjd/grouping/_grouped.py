@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxjd.aggregators._weighted import check_num_tasks, read_stat, weighted
+from jaxjd.aggregators._weighted import check_logged, check_num_tasks, read_stat, weighted
 from jaxjd.base import (
     Aggregator,
     Jacobian,
@@ -17,6 +17,7 @@ from jaxjd.base import (
     stack_states,
     weight_dtype,
 )
+from jaxjd.checks import check_state
 from jaxjd.grouping._partition import skeleton
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks
@@ -97,6 +98,7 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
         if m is None:
             return updates, state
         check_num_tasks(m, num_tasks)
+        check_state("`grouped`", state, GroupedState)
         found = resolve(labels, skeleton(updates) if params is None else params)
         groups = sorted(set(found))
         for leaf in jax.tree.leaves(state):
@@ -104,6 +106,7 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
                 raise ValueError(
                     f"The state holds {leaf.shape[0]} groups, but the labels are {groups}."
                 )
+        check_logged(state.weights, () if num_tasks is None else (len(groups), m))
         leaves, treedef = jax.tree.flatten(updates)
         pair = extra_args.get("cross_jacobians")
 

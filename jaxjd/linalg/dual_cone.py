@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxjd.checks import check_length, check_range, check_square, type_name
+from jaxjd.checks import check_length, check_range, check_square, is_real, type_name
 from jaxjd.linalg.nonnegative_qp import nonnegative_qp
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
@@ -131,5 +131,7 @@ def _check(U: jax.Array, G: jax.Array) -> tuple[jax.Array, int]:  # noqa: N803
     m = check_square("G", G)
     if getattr(U, "ndim", 0) == 0:
         raise ValueError(f"`U` must have shape (..., m), got {type_name(U)}.")
+    if not is_real(U.dtype):
+        raise ValueError(f"`U` must be real numbers, got {type_name(U)}.")
     check_length("U", U.shape[-1], m)
     return U.astype(G.dtype), m

@@ -10,29 +10,17 @@ on the two factors and be silently wrong.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxjd.checks import type_name
 from jaxjd.linalg.costs import Sizes, gramian_costs
 from jaxjd.linalg.layers import Layer, product
-
-_WAY_OUT = (
-    "a factored Jacobian leaf; only jaxjd.gramian, cross_gramian, combine, materialize and "
-    "aggregators read it: call jaxjd.materialize(J) first, or ask for form='dense'"
-)
+from jaxjd.linalg.opaque import OpaqueLeaf
 
 
-class _Opaque(type):
-    # JAX names the class, not the object, when a function returns something that is no array.
-    def __repr__(cls) -> str:
-        return f"<class '{cls.__module__}.{cls.__name__}': {_WAY_OUT}>"
-
-
-class FactoredLeaf(metaclass=_Opaque):
+class FactoredLeaf(OpaqueLeaf):
     """One leaf of a Jacobian as the inputs of a layer and the cotangents at its output.
 
     Args:
@@ -44,7 +32,12 @@ class FactoredLeaf(metaclass=_Opaque):
       per_task: Whether every task has inputs of its own, as with one task per example.
     """
 
-    __slots__ = ("cotangents", "dtype", "inputs", "layer", "per_task", "shape")
+    __slots__ = ("cotangents", "inputs", "layer", "per_task")
+
+    WAY_OUT = (
+        "a factored Jacobian leaf; only jaxjd.gramian, cross_gramian, combine, materialize and "
+        "aggregators read it: call jaxjd.materialize(J) first, or ask for form='dense'"
+    )
 
     def __init__(
         self,
@@ -55,22 +48,11 @@ class FactoredLeaf(metaclass=_Opaque):
         dtype: Any,
         per_task: bool = False,
     ) -> None:
+        super().__init__(shape, dtype)
         self.layer = layer
         self.inputs = inputs
         self.cotangents = cotangents
-        self.shape = shape
-        self.dtype = jnp.dtype(dtype)
         self.per_task = per_task
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes, the task axis included."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """The number of entries of the dense leaf."""
-        return math.prod(self.shape)
 
     @property
     def sizes(self) -> Sizes:
@@ -93,15 +75,28 @@ class FactoredLeaf(metaclass=_Opaque):
             return None
         return self.layer.cross_gramian(self, other, dtype)
 
+    def products(self, rows: jax.Array, dtype: Any) -> jax.Array:
+        """The inner products with `k` dense rows, shape ``(m, k)``: none of its own is made."""
+        # The transpose of the combination, <w^T J, r> = <w, J r>.
+        combined, transposed = jax.vjp(self._combine, jnp.zeros(self.shape[:1], dtype))
+        return jax.vmap(lambda row: transposed(row)[0], out_axes=1)(rows.astype(combined.dtype))
+
     def combine(self, weights: jax.Array) -> jax.Array:
         """The combination of the rows, shaped like the parameter."""
+        return self._combine(weights).astype(self.dtype)
+
+    def _combine(self, weights: jax.Array) -> jax.Array:
         dtype = jnp.result_type(jnp.float32, weights.dtype, self.dtype)
         cotangents = self.cotangents.astype(dtype)
         if self.per_task:
             scaled = jnp.expand_dims(weights.astype(dtype), range(1, cotangents.ndim)) * cotangents
-            return self.layer.pull(self.inputs, scaled, summed=1).astype(self.dtype)
+            return self.layer.pull(self.inputs, scaled, summed=1)
         combined = product(weights.astype(dtype), cotangents, contract=[0], dtype=dtype)
-        return self.layer.pull(self.inputs, combined).astype(self.dtype)
+        return self.layer.pull(self.inputs, combined)
+
+    def all_finite(self) -> jax.Array:
+        """Whether both factors are finite, a boolean scalar."""
+        return jnp.all(jnp.isfinite(self.inputs)) & jnp.all(jnp.isfinite(self.cotangents))
 
     def materialize(self) -> jax.Array:
         """The dense leaf, shape ``(m, *param.shape)``."""
@@ -110,19 +105,3 @@ class FactoredLeaf(metaclass=_Opaque):
     def _rows(self) -> jax.Array:
         pull = self.layer.pull_each if self.per_task else self.layer.pull_all
         return pull(self.inputs, self.cotangents)
-
-    def __repr__(self) -> str:
-        return f"<{type_name(self)}, {_WAY_OUT}>"
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"No arithmetic on {self!r}.")
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"No attribute {name!r} of {self!r}.")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _refuse
-    __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __neg__ = __pos__ = __abs__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
-    __array__ = __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __int__ = _refuse
-    __hash__ = object.__hash__

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import PyTree, Scalarizer, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range, check_static_int
+from jaxjd.checks import check_length, check_range, check_state, check_static_int
 from jaxjd.scalarizers._tasks import loss_vector
 
 
@@ -85,6 +85,7 @@ def dwa(temperature: float = 2.0, steps_per_epoch: int = 1) -> Scalarizer:
     def apply(losses: PyTree, state: DWAState) -> jax.Array:
         vector = loss_vector(losses)
         m = vector.shape[0]
+        check_state("`dwa`", state, DWAState)
         check_length("state.previous", state.previous.shape[0], m)
         weights = m * jax.nn.softmax(_rates(state, temperature))
         weights = jnp.where(state.epoch < 2, 1, weights).astype(vector.dtype)
@@ -92,6 +93,7 @@ def dwa(temperature: float = 2.0, steps_per_epoch: int = 1) -> Scalarizer:
 
     def update(losses: PyTree, state: DWAState, **extra_args: Any) -> DWAState:
         vector = loss_vector(losses)
+        check_state("`dwa`", state, DWAState)
         check_length("state.current", state.current.shape[0], vector.shape[0])
         step = state.step + 1
         current = state.current + (vector.astype(state.current.dtype) - state.current) / step

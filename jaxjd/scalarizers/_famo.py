@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from jaxjd.base import PyTree, Scalarizer, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range
+from jaxjd.checks import check_length, check_range, check_state
 from jaxjd.scalarizers._tasks import PerTask, loss_vector, nan_if_negative, optional_per_task
 
 
@@ -106,6 +106,7 @@ def famo(
 
     def apply(losses: PyTree, state: FAMOState) -> jax.Array:
         gaps = nan_if_negative(_gaps(losses, loss_vector(losses), bounds))
+        check_state("`famo`", state, FAMOState)
         check_length("state.logits", state.logits.shape[0], gaps.shape[0])
         z = jax.nn.softmax(state.logits).astype(gaps.dtype)
         solved = gaps == 0
@@ -124,6 +125,7 @@ def famo(
         **extra_args: Any,
     ) -> FAMOState:
         vector = loss_vector(losses)
+        check_state("`famo`", state, FAMOState)
         check_length("state.logits", state.logits.shape[0], vector.shape[0])
         if previous_losses is None:
             previous = state.previous_losses

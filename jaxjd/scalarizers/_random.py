@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Scalarizer, fresh_key
+from jaxjd.checks import check_state
 from jaxjd.scalarizers._tasks import loss_vector
 
 
@@ -61,11 +62,13 @@ def random(key: jax.Array | int = 0) -> Scalarizer:
 
     def apply(losses: PyTree, state: RandomState) -> jax.Array:
         vector = loss_vector(losses)
+        check_state("`random`", state, RandomState)
         _, sample_key = jax.random.split(state.key)
         weights = jax.nn.softmax(jax.random.normal(sample_key, vector.shape, vector.dtype))
         return jnp.sum(weights * vector)
 
     def update(losses: PyTree, state: RandomState, **extra_args: Any) -> RandomState:
+        check_state("`random`", state, RandomState)
         next_key, _ = jax.random.split(state.key)
         return RandomState(key=next_key)
 

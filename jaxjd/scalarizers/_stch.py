@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from jaxjd.base import PyTree, Scalarizer, require_num_tasks, stateless, weight_dtype
-from jaxjd.checks import check_length, check_range, check_static_int
+from jaxjd.checks import check_length, check_range, check_state, check_static_int
 from jaxjd.scalarizers._tasks import keep_state, loss_vector, nan_if_negative, optional_per_task
 
 
@@ -124,6 +124,7 @@ def _with_warmup(mu: jax.typing.ArrayLike, warmup_steps: int) -> Scalarizer:
     def apply(losses: PyTree, state: STCHState) -> jax.Array:
         vector = nan_if_negative(loss_vector(losses))
         m, dtype = vector.shape[0], vector.dtype
+        check_state("`stch`", state, STCHState)
         check_length("state.nadir", state.nadir.shape[0], m)
         positive = vector != 0
         logs = jnp.log(jnp.where(positive, vector, 1))
@@ -135,6 +136,7 @@ def _with_warmup(mu: jax.typing.ArrayLike, warmup_steps: int) -> Scalarizer:
         return jnp.where(state.count < warmup_steps, jnp.sum(logs), smooth)
 
     def update(losses: PyTree, state: STCHState, **extra_args: Any) -> STCHState:
+        check_state("`stch`", state, STCHState)
         vector = loss_vector(losses).astype(state.nadir.dtype)
         check_length("state.nadir", state.nadir.shape[0], vector.shape[0])
         count = jnp.asarray(optax.safe_increment(state.count))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
-from jaxjd.checks import check_range
+from jaxjd.checks import check_range, check_state, is_real, type_name
 
 
 class CRMOGMState(NamedTuple):
@@ -85,7 +85,16 @@ def cr_mogm(
     if not callable(alpha):
         check_range("alpha", alpha, at_least=0, at_most=1)
     if initial_weights is not None:
-        initial_weights = jnp.asarray(initial_weights)
+        try:
+            initial_weights = jnp.asarray(initial_weights)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`initial_weights` must be an array of numbers, got {initial_weights!r}."
+            ) from error
+        if not is_real(initial_weights.dtype):
+            raise ValueError(
+                f"`initial_weights` must hold real numbers, got {type_name(initial_weights)}."
+            )
 
     def init(num_tasks: Any, params: PyTree | None = None) -> CRMOGMState:
         if isinstance(num_tasks, tuple):  # The weights of `flattening` have a shape.
@@ -105,6 +114,7 @@ def cr_mogm(
         )
 
     def update(stat: Any, state: CRMOGMState, **extra_args: Any) -> tuple[jax.Array, CRMOGMState]:
+        check_state("`cr_mogm`", state, CRMOGMState)
         new, inner = weighting.update(stat, state.inner, **extra_args)
         if new.shape != state.weights.shape:
             raise ValueError(
@@ -112,6 +122,8 @@ def cr_mogm(
                 f"are now weights of shape {new.shape}: call `init` again."
             )
         coefficient = jnp.asarray(alpha(state.count) if callable(alpha) else alpha, new.dtype)
+        if coefficient.shape != ():
+            raise ValueError(f"`alpha` must be a scalar, got {type_name(coefficient)}.")
         smoothed = coefficient * state.weights.astype(new.dtype) + (1 - coefficient) * new
         if initial_weights is None:
             smoothed = jnp.where(state.count == 0, new, smoothed)

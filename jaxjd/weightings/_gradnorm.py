@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range, check_square
+from jaxjd.checks import check_length, check_range, check_square, check_state
 from jaxjd.weightings._losses import read_losses
 
 
@@ -95,6 +95,7 @@ def gradnorm(alpha: float = 1.5, lr: float = 0.025) -> Weighting:
         stat: jax.Array, state: GradNormState, **extra_args: Any
     ) -> tuple[jax.Array, GradNormState]:
         m = check_square("gramian", stat)
+        check_state("`gradnorm`", state, GradNormState)
         check_length("state.logits", state.logits.shape[0], m)
         dtype = stat.dtype
         losses = read_losses(extra_args, "gradnorm", m, dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.base import PyTree, Weighting, fresh_key, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range, check_square
+from jaxjd.checks import check_length, check_range, check_square, check_state
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._pcgrad import random_orders
 
@@ -82,6 +82,7 @@ def gradvac(beta: float = 0.5, eps: float = 1e-8, key: jax.Array | int = 0) -> W
         stat: jax.Array, state: GradVacState, **extra_args: Any
     ) -> tuple[jax.Array, GradVacState]:
         m = check_square("gramian", stat)
+        check_state("`gradvac`", state, GradVacState)
         check_length("state.target", state.target.shape[0], m)
         key, order_key = jax.random.split(state.key)
         target = state.target.astype(stat.dtype)

@@ -13,7 +13,7 @@ from jaxjd.base import (
     require_num_tasks,
     weight_dtype,
 )
-from jaxjd.checks import check_length, check_range, check_square
+from jaxjd.checks import check_length, check_range, check_square, check_state
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.simplex import project_onto_simplex
 
@@ -72,6 +72,7 @@ def modo(gamma: float = 0.1, rho: float = 0.1) -> CrossGramianWeighting:
 
     def update(stat: jax.Array, state: MoDoState, **extra_args: Any) -> tuple[jax.Array, MoDoState]:
         m = check_square("cross-Gramian", stat)
+        check_state("`modo`", state, MoDoState)
         check_length("state.weights", state.weights.shape[0], m)
         w = state.weights.astype(stat.dtype)
         step_size, pull = jnp.asarray(gamma, stat.dtype), jnp.asarray(rho, stat.dtype)

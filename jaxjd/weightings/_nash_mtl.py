@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range, check_square, check_static_int
+from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
 from jaxjd.linalg.fairness import fair_weights
 from jaxjd.linalg.precision import matmul
 
@@ -77,6 +77,7 @@ def nash_mtl(max_norm: float = 1.0, update_weights_every: int = 1) -> Weighting:
         if every == 1:
             weights = fair_weights(stat, 1.0)
         else:
+            check_state("`nash_mtl`", state, NashMTLState)
             check_length("state.weights", state.weights.shape[0], m)
             weights = lax.cond(
                 state.count % every == 0,

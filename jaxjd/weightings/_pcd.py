@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
-from jaxjd.checks import as_vector, check_length, check_range, check_square
+from jaxjd.checks import as_vector, check_length, check_range, check_square, check_state
 from jaxjd.linalg.nonnegative_qp import nonnegative_qp
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
@@ -83,6 +83,7 @@ def pcd(
 
     def update(stat: jax.Array, state: PCDState, **extra_args: Any) -> tuple[jax.Array, PCDState]:
         m = check_square("gramian", stat)
+        check_state("`pcd`", state, PCDState)
         check_length("state.squares", state.squares.shape[0], m)
         dtype = stat.dtype
         rate = jnp.asarray(beta, dtype)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.base import PyTree, Weighting, fresh_key
-from jaxjd.checks import check_square
+from jaxjd.base import PyTree, Weighting, fresh_key, stateless
+from jaxjd.checks import check_square, check_state
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -65,12 +65,14 @@ def pcgrad(key: jax.Array | int = 0) -> Weighting:
     fresh_key(key)
 
     def init(num_tasks: Any = None, params: PyTree | None = None) -> PCGradState:
+        stateless(num_tasks)  # Its state does not depend on it.
         return PCGradState(key=fresh_key(key))
 
     def update(
         stat: jax.Array, state: PCGradState, **extra_args: Any
     ) -> tuple[jax.Array, PCGradState]:
         m = check_square("gramian", stat)
+        check_state("`pcgrad`", state, PCGradState)
         key, order_key = jax.random.split(state.key)
         return project_conflicts(stat, random_orders(order_key, m)), PCGradState(key=key)
 

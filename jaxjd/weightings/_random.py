@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxjd.base import PyTree, Weighting, fresh_key
-from jaxjd.checks import check_square
+from jaxjd.base import PyTree, Weighting, fresh_key, stateless
+from jaxjd.checks import check_square, check_state
 
 
 class RandomState(NamedTuple):
@@ -52,12 +52,14 @@ def random(key: jax.Array | int = 0) -> Weighting:
     fresh_key(key)  # Reports a bad key here, not at init.
 
     def init(num_tasks: Any = None, params: PyTree | None = None) -> RandomState:
+        stateless(num_tasks)  # Its state does not depend on it.
         return RandomState(key=fresh_key(key))
 
     def update(
         stat: jax.Array, state: RandomState, **extra_args: Any
     ) -> tuple[jax.Array, RandomState]:
         m = check_square("gramian", stat)
+        check_state("`random`", state, RandomState)
         key, sample_key = jax.random.split(state.key)
         weights = jax.nn.softmax(jax.random.normal(sample_key, (m,), stat.dtype))
         return weights, RandomState(key=key)

@@ -15,7 +15,7 @@ from jaxjd.base import (
     require_num_tasks,
     weight_dtype,
 )
-from jaxjd.checks import check_length, check_range, check_square, check_static_int
+from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.simplex import project_onto_simplex
 from jaxjd.weightings._preference import check_preference, preference
@@ -100,6 +100,7 @@ def sdmgrad(
         stat: jax.Array, state: SDMGradState, **extra_args: Any
     ) -> tuple[jax.Array, SDMGradState]:
         m = check_square("cross-Gramian", stat)
+        check_state("`sdmgrad`", state, SDMGradState)
         check_length("state.weights", state.weights.shape[0], m)
         dtype = stat.dtype
         preferred = preference(pref_vector, m, dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, stateless, weight_dtype
-from jaxjd.checks import check_length, check_range, check_square, check_static_int
+from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
 
 
 class STCHState(NamedTuple):
@@ -91,6 +91,7 @@ def stch(mu: float = 1.0, warmup_steps: int | None = None) -> Weighting:
 
     def update(stat: jax.Array, state: STCHState, **extra_args: Any) -> tuple[jax.Array, STCHState]:
         m = check_square("gramian", stat)
+        check_state("`stch`", state, STCHState)
         check_length("state.nadir", state.nadir.shape[0], m)
         norms = _norms(stat)
         collecting = state.count < warmup_steps

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Weighting, stateless
-from jaxjd.checks import check_square
+from jaxjd.checks import check_square, type_name
 from jaxjd.linalg.dual_cone import DualConeProjector, exact_projector, regularized_projector
 from jaxjd.weightings._preference import check_preference, preference
 
@@ -104,4 +104,13 @@ def _projector(projector: DualConeProjector | None) -> DualConeProjector:
             "`projector` must be a function of (U, G), as `jaxjd.linalg.exact_projector()` returns "
             f"one, got {projector!r}."
         )
-    return projector
+
+    def checked(U: jax.Array, G: jax.Array) -> jax.Array:  # noqa: N803
+        V = projector(U, G)  # noqa: N806
+        if getattr(V, "shape", None) != U.shape:
+            raise ValueError(
+                f"`projector` must return weights of the shape {U.shape} of U, got {type_name(V)}."
+            )
+        return V
+
+    return checked
