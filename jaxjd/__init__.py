@@ -7,6 +7,7 @@ from jaxjd import diagnostics as diagnostics
 from jaxjd import labels as labels
 from jaxjd import linalg as linalg
 from jaxjd import scalarizers as scalarizers
+from jaxjd import sharding as sharding
 from jaxjd import weightings as weightings
 from jaxjd.aggregators import GradDropState as GradDropState
 from jaxjd.aggregators import MomentumConflictFreeState as MomentumConflictFreeState
@@ -130,6 +131,7 @@ __all__ = [
     "random",
     "scalarizers",
     "sdmgrad",
+    "sharding",
     "skip_if_not_finite",
     "stack_tasks",
     "stch",

@@ -30,6 +30,7 @@ BELOW = {
     "integrations": {"transforms", "base"},
     "autodiff": {"labels", "linalg", "base", "checks"},
     "diagnostics": {"autodiff", "linalg", "base", "checks"},
+    "sharding": {"linalg", "base", "checks"},
     "demo": {"<public>"},
 }
 FLAX = PACKAGE / "integrations" / "flax.py"
@@ -112,6 +113,7 @@ def public_objects() -> list[tuple[str, object]]:
         jaxjd.scalarizers,
         jaxjd.labels,
         jaxjd.diagnostics,
+        jaxjd.sharding,
     ):
         for name in module.__all__:
             value = getattr(module, name)

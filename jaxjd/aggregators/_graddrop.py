@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,16 @@ import jax.numpy as jnp
 
 from jaxjd.aggregators._weighted import check_num_tasks
 from jaxjd.base import Aggregator, Jacobian, PyTree, fresh_key
-from jaxjd.checks import as_vector, check_length, check_static_int
+from jaxjd.checks import (
+    as_vector,
+    check_length,
+    check_range,
+    check_state,
+    check_static_int,
+    type_name,
+)
 from jaxjd.linalg.algebra import count_tasks, materialize
+from jaxjd.linalg.sharded import refuse_sharded
 
 
 class GradDropState(NamedTuple):
@@ -64,7 +72,8 @@ def graddrop(
 
     Raises:
       ValueError: If `leak` is not a vector, `f` not a function or `key` neither key nor seed; in
-        `update`, if the Jacobian is malformed or `leak` has not one entry per task.
+        `update`, if the Jacobian is malformed or `leak` has not one entry per task, or if a leaf
+        is split over devices inside `jax.shard_map` (`jaxjd.sharding.sharded`).
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -74,6 +83,9 @@ def graddrop(
       >>> print(update.shape, update[1:])  # the first entry is -4 or 6
       (3,) [2. 2.]
     """
+    if isinstance(leak, Sequence) and not isinstance(leak, str):
+        for task, amount in enumerate(leak):
+            check_range(f"leak[{task}]", amount, at_least=0, at_most=1)
     leak = None if leak is None else as_vector("leak", leak)
     if f is not None and not callable(f):
         raise ValueError(f"`f` must be a function from [0, 1] to [0, 1], got {f!r}.")
@@ -94,8 +106,10 @@ def graddrop(
         if m is None:
             return updates, state
         check_num_tasks(m, num_tasks)
+        check_state("`graddrop`", state, GradDropState)
         if leak is not None:
             check_length("leak", leak.shape[0], m)
+        refuse_sharded(updates, "`graddrop`, whose draws depend on the place in the parameter,")
         key, draw_key = jax.random.split(state.key)
         leaves, treedef = jax.tree.flatten(updates)
         combined = []
@@ -131,7 +145,10 @@ def drop_signs(
     total = jnp.sum(jnp.abs(rows), axis=0)
     purity = (1 + jnp.sum(rows, axis=0) / jnp.where(total == 0, 1, total)) / 2
     if f is not None:
-        purity = f(purity)
+        purity = jnp.asarray(f(purity))
+        if purity.shape not in ((), total.shape):
+            raise ValueError(f"`f` must keep the shape {total.shape}, got {type_name(purity)}.")
+        purity = jnp.broadcast_to(purity, total.shape)
     keep = jnp.where(rows > 0, (purity > uniforms)[None], (purity < uniforms)[None])
     kept = keep.astype(rows.dtype)
     if leak is not None:

@@ -11,9 +11,11 @@ from jax import lax
 
 from jaxjd.aggregators._weighted import check_num_tasks
 from jaxjd.base import Aggregator, PyTree, require_num_tasks, weight_dtype
-from jaxjd.checks import check_range, check_static_int, path_name, type_name
-from jaxjd.linalg.algebra import combine, count_tasks, gramian, materialize
+from jaxjd.checks import check_range, check_state, check_static_int, path_name, type_name
+from jaxjd.linalg.algebra import combine, count_tasks, gramian
+from jaxjd.linalg.sharded import local_rows, mark_like, num_shards, sum_leaves
 from jaxjd.weightings._conflict_free import conflict_free
+from jaxjd.weightings._rows import as_shaped
 
 
 class MomentumConflictFreeState(NamedTuple):
@@ -127,6 +129,7 @@ def momentum_conflict_free(
     weighting = conflict_free(pref_vector)
 
     def init(params: PyTree) -> MomentumConflictFreeState:
+        params = jax.tree.map_with_path(as_shaped, params)
         zeros = jax.tree.map(_zeros, params)
         return MomentumConflictFreeState(
             task_counts=jnp.zeros((m,), jnp.int32),
@@ -152,6 +155,7 @@ def momentum_conflict_free(
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
+        check_state("`momentum_conflict_free`", state, MomentumConflictFreeState)
         moments, structure = jax.tree.flatten(state.first_moments)
         if task is None:
             check_num_tasks(count_tasks(updates, params) or m, m)
@@ -159,7 +163,7 @@ def momentum_conflict_free(
             task_counts = optax.safe_increment(state.task_counts)
             rates = _rate(b1, task_counts, state.weights.dtype)
             moved = [
-                moment + _rows(rates, moment) * (materialize(leaf).astype(moment.dtype) - moment)
+                moment + _rows(rates, moment) * (local_rows(leaf).astype(moment.dtype) - moment)
                 for leaf, moment in zip(leaves, moments, strict=True)
             ]
         else:
@@ -172,11 +176,11 @@ def momentum_conflict_free(
             moved = []
             for leaf, moment in zip(leaves, moments, strict=True):
                 row = lax.dynamic_index_in_dim(moment, task, keepdims=False)
-                row = row + rate.astype(row.dtype) * (leaf.astype(row.dtype) - row)
+                row = row + rate.astype(row.dtype) * (local_rows(leaf).astype(row.dtype) - row)
                 moved.append(lax.dynamic_update_index_in_dim(moment, row, task, 0))
 
         ready = jnp.all(task_counts > 0)
-        weights, _ = weighting.update(gramian(moved), ())
+        weights, _ = weighting.update(gramian(mark_like(moved, leaves)), ())
         count = jnp.where(ready, optax.safe_increment(state.count), state.count)
         dtype = weights.dtype
         # The plain gradient whose average moves as the direction has moved.
@@ -195,7 +199,9 @@ def momentum_conflict_free(
             seconds.append(jnp.where(ready, new, second))
         scaled = [
             jnp.where(ready, new, 0).astype(leaf.dtype)
-            for new, leaf in zip(_divide(directions, seconds, eps, dtype), leaves, strict=True)
+            for new, leaf in zip(
+                _divide(directions, seconds, leaves, eps, dtype), leaves, strict=True
+            )
         ]
         next_state = MomentumConflictFreeState(
             task_counts=task_counts,
@@ -229,12 +235,14 @@ def _rate(decay: jax.typing.ArrayLike, count: jax.Array, dtype: jnp.dtype) -> ja
 def _divide(
     directions: list[jax.Array],
     seconds: list[jax.Array],
+    leaves: list[Any],
     eps: jax.typing.ArrayLike,
     dtype: jnp.dtype,
 ) -> list[jax.Array]:
     """Divides by the roots of the second moments; what has had no gradient stays zero."""
-    size = max(1, sum(second.size for second in seconds))
-    total = sum((jnp.sum(second).astype(dtype) for second in seconds), jnp.zeros((), dtype))
+    pairs = list(zip(seconds, leaves, strict=True))
+    size = max(1, sum(second.size * num_shards(leaf) for second, leaf in pairs))
+    total = sum_leaves([jnp.sum(second).astype(dtype) for second in seconds], leaves)
     small = jnp.asarray(eps, dtype) * jnp.sqrt(total / size)
     divided = []
     for direction, second in zip(directions, seconds, strict=True):

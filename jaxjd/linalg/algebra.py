@@ -19,6 +19,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_weights, leaf_names, path_name, type_name
 from jaxjd.linalg.factored import FactoredLeaf
+from jaxjd.linalg.sharded import (
+    local_part,
+    local_rows,
+    refuse_sharded,
+    shard_axes,
+    sum_leaves,
+)
 
 # Signs of small inner products carry the conflict: TF32 and bfloat16 products would destroy them.
 _PRECISION = lax.Precision.HIGHEST
@@ -42,7 +49,8 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
     first: tuple[str, int] | None = None
     for path, leaf in leaves:
         name = path_name(path)
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        shaped = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        if not shaped or isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(
                 f"Jacobian leaf '{name}': expected an array with a leading task axis, "
                 f"found {type_name(leaf)}."
@@ -51,6 +59,11 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
             raise ValueError(
                 f"Jacobian leaf '{name}': expected a real floating point dtype, found "
                 f"{type_name(leaf)}. Differentiate with respect to floating point leaves only."
+            )
+        if jnp.dtype(leaf.dtype).itemsize not in (2, 4, 8):  # No sums of 8-bit floats.
+            raise ValueError(
+                f"Jacobian leaf '{name}': expected a floating point dtype of 16, 32 or 64 bits, "
+                f"found {type_name(leaf)}."
             )
         if leaf.ndim == 0 or leaf.shape[0] == 0:
             raise ValueError(
@@ -62,7 +75,7 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
                 f"Jacobian leaf '{name}': expected a task axis of size {first[1]} as in leaf "
                 f"'{first[0]}', found shape {leaf.shape}. Is it a gradient without a task axis?"
             )
-    if params is not None and first is not None:
+    if params is not None:
         _check_against_params(leaves, jacobian, params)
     return None if first is None else first[1]
 
@@ -117,22 +130,25 @@ def gramian(jacobian: Jacobian) -> Gramian:
     _require_leaves(jacobian, "jacobian")
     dtype = weight_dtype(jacobian)
     # Passing the same leaf twice lets XLA see the symmetry of the product.
-    return _sum_of([_leaf_product(leaf, leaf, dtype) for leaf in jax.tree.leaves(jacobian)])
+    leaves = jax.tree.leaves(jacobian)
+    return sum_leaves([_leaf_product(leaf, leaf, dtype) for leaf in leaves], leaves)
 
 
 def cross_gramian(jacobian_1: Jacobian, jacobian_2: Jacobian) -> jax.Array:
     r"""Computes :math:`A = J_1 J_2^\top` for the Jacobians of two independent batches.
 
     Args:
-      jacobian_1: A pytree whose leaves have shape ``(m, *param.shape)``.
-      jacobian_2: A pytree of the same structure and shapes.
+      jacobian_1: A pytree whose leaves have shape ``(m1, *param.shape)``.
+      jacobian_2: A pytree of the same structure whose leaves have shape ``(m2, *param.shape)``. The
+        numbers of rows may differ: with an update as the only row, :math:`A` is what it changes.
 
     Returns:
-      An array of shape ``(m, m)``, in the promoted dtype of the leaves, at least float32. In
-      expectation over the batches it is the Gramian of the expected Jacobian.
+      An array of shape ``(m1, m2)``, in the promoted dtype of the leaves, at least float32. For two
+      batches of the same tasks it is, in expectation, the Gramian of the expected Jacobian.
 
     Raises:
-      ValueError: If either is not a Jacobian or the two do not match; the leaf's path is named.
+      ValueError: If either is not a Jacobian, or the two do not belong to the same parameters; the
+        leaf's path is named.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -150,14 +166,23 @@ def cross_gramian(jacobian_1: Jacobian, jacobian_2: Jacobian) -> jax.Array:
             f"{jax.tree.structure(jacobian_1)} and {jax.tree.structure(jacobian_2)}."
         )
     for (path, leaf_1), leaf_2 in zip(leaves_1, leaves_2, strict=True):
-        if leaf_1.shape != leaf_2.shape:
+        if leaf_1.shape[1:] != leaf_2.shape[1:]:
             raise ValueError(
-                f"Jacobian leaf '{path_name(path)}': expected one shape in both Jacobians, found "
-                f"{leaf_1.shape} and {leaf_2.shape}."
+                f"Jacobian leaf '{path_name(path)}': expected one shape after the task axis in "
+                f"both Jacobians, found {leaf_1.shape} and {leaf_2.shape}."
+            )
+        axes = (shard_axes(leaf_1), shard_axes(leaf_2))
+        if all(axes) and axes[0] != axes[1]:
+            raise ValueError(
+                f"Jacobian leaf '{path_name(path)}': expected both Jacobians split over the same "
+                f"mesh axes, found {axes[0]} and {axes[1]}."
             )
     dtype = weight_dtype((jacobian_1, jacobian_2))
-    pairs = zip(leaves_1, leaves_2, strict=True)
-    return _sum_of([_leaf_product(leaf_1, leaf_2, dtype) for (_, leaf_1), leaf_2 in pairs])
+    pairs = [(leaf_1, leaf_2) for (_, leaf_1), leaf_2 in zip(leaves_1, leaves_2, strict=True)]
+    products = [_leaf_product(leaf_1, leaf_2, dtype) for leaf_1, leaf_2 in pairs]
+    # An update in the place of a Jacobian has no marks, but the shapes of the same shards.
+    split = [leaf_1 if shard_axes(leaf_1) else leaf_2 for leaf_1, leaf_2 in pairs]
+    return sum_leaves(products, split)
 
 
 def combine(weights: jax.Array, jacobian: Jacobian) -> PyTree:
@@ -196,7 +221,7 @@ def materialize(jacobian: Jacobian) -> Jacobian:
       The same pytree with plain arrays.
 
     Raises:
-      ValueError: If it is not a Jacobian.
+      ValueError: If it is not a Jacobian, or a leaf is split over devices (`jaxjd.sharding`).
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -204,11 +229,27 @@ def materialize(jacobian: Jacobian) -> Jacobian:
       (2, 3)
     """
     count_tasks(jacobian)
-    return jax.tree.map(_dense, jacobian)
+    refuse_sharded(jacobian, "what reads the entries of a Jacobian")
+    return jax.tree.map(local_rows, jacobian)
 
 
-def _dense(leaf: Any) -> jax.Array:
-    return leaf.materialize() if isinstance(leaf, FactoredLeaf) else jnp.asarray(leaf)
+def all_finite(tree: PyTree) -> jax.Array:
+    """Returns whether no entry is a NaN or an infinity, a boolean scalar.
+
+    Of a factored leaf the factors count, whose products are not formed.
+    """
+    leaves = jax.tree.leaves(tree)
+    # Counted, since all devices have to agree about a leaf that is split over them.
+    bad = [(~_leaf_is_finite(local_part(leaf))).astype(jnp.int32) for leaf in leaves]
+    return sum_leaves(bad, leaves) == 0 if leaves else jnp.ones((), bool)
+
+
+def _leaf_is_finite(leaf: Any) -> jax.Array:
+    if isinstance(leaf, FactoredLeaf):
+        return leaf.all_finite()
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.all(jnp.isfinite(leaf))
+    return jnp.ones((), bool)
 
 
 def _require_leaves(jacobian: Jacobian, name: str) -> None:
@@ -216,22 +257,22 @@ def _require_leaves(jacobian: Jacobian, name: str) -> None:
         raise ValueError(f"`{name}` has no leaves, so it has no Gramian.")
 
 
-def _sum_of(products: Sequence[jax.Array]) -> jax.Array:
-    total = products[0]
-    for product in products[1:]:
-        total = total + product
-    return total
-
-
 def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
+    """The inner products of what this device holds of two leaves."""
+    leaf_1, leaf_2 = local_part(leaf_1), local_part(leaf_2)
     if isinstance(leaf_1, FactoredLeaf) and leaf_1 is leaf_2:
         return leaf_1.gramian(dtype)
     if isinstance(leaf_1, FactoredLeaf) and isinstance(leaf_2, FactoredLeaf):
         found = leaf_1.cross_gramian(leaf_2, dtype)
         if found is not None:
             return found
+    # A few dense rows go through the layer instead of the other's many out of it.
+    if isinstance(leaf_1, FactoredLeaf) and leaf_2.shape[0] < leaf_1.shape[0]:
+        return leaf_1.products(local_rows(leaf_2), dtype)
+    if isinstance(leaf_2, FactoredLeaf) and leaf_1.shape[0] < leaf_2.shape[0]:
+        return leaf_2.products(local_rows(leaf_1), dtype).T
     axes = tuple(range(1, leaf_1.ndim))
-    leaf_1, leaf_2 = _dense(leaf_1), _dense(leaf_2)
+    leaf_1, leaf_2 = local_rows(leaf_1), local_rows(leaf_2)
     if leaf_1.dtype != leaf_2.dtype:
         leaf_1, leaf_2 = leaf_1.astype(dtype), leaf_2.astype(dtype)
     return lax.dot_general(
@@ -245,6 +286,7 @@ def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
 
 
 def _leaf_combination(weights: jax.Array, leaf: Any) -> jax.Array:
+    leaf = local_part(leaf)
     if isinstance(leaf, FactoredLeaf):
         return leaf.combine(weights)
     leaf = jnp.asarray(leaf)

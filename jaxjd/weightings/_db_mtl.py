@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range
+from jaxjd.checks import check_length, check_range, check_state
 from jaxjd.linalg.algebra import count_tasks
+from jaxjd.linalg.sharded import mark_like
 from jaxjd.weightings._losses import read_losses
 from jaxjd.weightings._rows import paired_leaves, row_norms, scale_rows, zero_rows
 
@@ -90,6 +91,7 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0) -> JacobianWeighting:
     def update(
         stat: Jacobian, state: DBMTLState, **extra_args: Any
     ) -> tuple[jax.Array, DBMTLState]:
+        check_state("`db_mtl`", state, DBMTLState)
         m = count_tasks(stat)
         if m is None:
             return state.weights, state
@@ -105,7 +107,7 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0) -> JacobianWeighting:
         for leaf, row in paired_leaves(stat, state.tracked, "db_mtl"):
             new = scale_rows(inverse, leaf)
             tracked.append(new + past.astype(row.dtype) * (row - new))
-        norms = row_norms(tracked).astype(dtype)
+        norms = row_norms(mark_like(tracked, stat)).astype(dtype)
         weights = jnp.where(norms == 0, 0, jnp.max(norms) / jnp.where(norms == 0, 1, norms))
         next_state = DBMTLState(
             count=count,

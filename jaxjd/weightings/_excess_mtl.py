@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range, check_static_int
+from jaxjd.checks import check_length, check_range, check_state, check_static_int
 from jaxjd.linalg.algebra import count_tasks
+from jaxjd.linalg.sharded import sum_leaves
 from jaxjd.weightings._rows import paired_leaves, zero_rows
 
 
@@ -97,20 +98,21 @@ def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> Jacobi
     def update(
         stat: Jacobian, state: ExcessMTLState, **extra_args: Any
     ) -> tuple[jax.Array, ExcessMTLState]:
+        check_state("`excess_mtl`", state, ExcessMTLState)
         m = count_tasks(stat)
         if m is None:
             return jnp.exp(state.log_weights), state
         check_length("state.log_weights", state.log_weights.shape[0], m)
         dtype = weight_dtype(stat)
-        squares = []
-        risk = jnp.zeros((m,), dtype)
+        squares, risks = [], []
         for leaf, total in paired_leaves(stat, state.squares, "excess_mtl"):
             square = jnp.square(leaf)
             total = total + square
             squares.append(total)
             known = total > 0
             terms = jnp.where(known, square / jnp.sqrt(jnp.where(known, total, 1)), 0)
-            risk = risk + jnp.sum(terms, axis=tuple(range(1, terms.ndim))).astype(dtype)
+            risks.append(jnp.sum(terms, axis=tuple(range(1, terms.ndim))).astype(dtype))
+        risk = sum_leaves(risks, jax.tree.leaves(stat))
 
         collecting = state.count < baseline_calls
         baseline = state.baseline.astype(dtype)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
-from jaxjd.checks import check_length, check_range
+from jaxjd.checks import check_length, check_range, check_state
 from jaxjd.linalg.algebra import count_tasks, gramian
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.sharded import mark_like
 from jaxjd.linalg.simplex import project_onto_simplex
 from jaxjd.weightings._losses import read_losses
 from jaxjd.weightings._rows import paired_leaves, row_norms, scale_rows, zero_rows
@@ -108,6 +109,7 @@ def moco(
         )
 
     def update(stat: Jacobian, state: MoCoState, **extra_args: Any) -> tuple[jax.Array, MoCoState]:
+        check_state("`moco`", state, MoCoState)
         m = count_tasks(stat)
         if m is None:
             return state.weights, state
@@ -129,7 +131,8 @@ def moco(
         ]
         tracked = jax.tree.unflatten(jax.tree.structure(state.tracked), moved)
         weights = state.weights.astype(dtype)
-        slope = matmul(gramian(moved).astype(dtype), weights) + jnp.asarray(rho, dtype) * weights
+        products = gramian(mark_like(moved, stat)).astype(dtype)
+        slope = matmul(products, weights) + jnp.asarray(rho, dtype) * weights
         weights = projections[projection](weights - decayed(gamma, gamma_sigma) * slope)
         next_state = MoCoState(
             count=count, weights=weights.astype(state.weights.dtype), tracked=tracked

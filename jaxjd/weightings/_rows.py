@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.base import Jacobian, PyTree, weight_dtype
-from jaxjd.linalg.algebra import materialize
+from jaxjd.checks import path_name, type_name
+from jaxjd.linalg.sharded import local_rows, sum_leaves
 
 
 def zero_rows(params: PyTree | None, num_tasks: int, name: str) -> PyTree:
@@ -21,18 +22,37 @@ def zero_rows(params: PyTree | None, num_tasks: int, name: str) -> PyTree:
     if params is None:
         raise ValueError(f"The state of `{name}` has the parameters' structure: pass params.")
 
-    def zeros(param: Any) -> jax.Array:
+    def zeros(path: Any, param: Any) -> jax.Array:
+        param = as_shaped(path, param)
         # Broadcasting keeps the sharding of the parameter in the type.
         row = jnp.zeros_like(param, dtype=jnp.promote_types(param.dtype, jnp.float32))
         return jnp.broadcast_to(row, (num_tasks, *row.shape))
 
-    return jax.tree.map(zeros, params)
+    return jax.tree.map_with_path(zeros, params)
+
+
+def as_shaped(path: Any, param: Any) -> Any:
+    """Returns a parameter as something with a shape and a dtype.
+
+    Raises:
+      ValueError: If it is neither an array nor a number; its path is named.
+    """
+    if isinstance(param, (float, int)):
+        return jnp.asarray(param)
+    if not hasattr(param, "shape") or not hasattr(param, "dtype"):
+        raise ValueError(
+            f"Parameter leaf '{path_name(path)}': expected an array, found {type_name(param)}."
+        )
+    return param
 
 
 def paired_leaves(
     jacobian: Jacobian, rows: PyTree, name: str
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Pairs the leaves of a Jacobian, in the dtype of the state, with those of the state.
+
+    Both are shards where the parameters are split over devices: what sums entries needs
+    `sum_leaves`, and what is made of them for the algebra `mark_like`.
 
     Raises:
       ValueError: If they do not have the same shapes.
@@ -46,7 +66,7 @@ def paired_leaves(
         )
     # Lazily, so that a leaf is materialized when it is its turn.
     return (
-        (materialize(leaf).astype(state.dtype), state)
+        (local_rows(leaf).astype(state.dtype), state)
         for leaf, state in zip(leaves, states, strict=True)
     )
 
@@ -59,9 +79,10 @@ def scale_rows(factors: jax.Array, leaf: jax.Array) -> jax.Array:
 def row_norms(jacobian: Jacobian) -> jax.Array:
     """Returns the lengths of the rows, shape ``(m,)``, without the Gramian's other products."""
     dtype = weight_dtype(jacobian)
-    squares = jnp.zeros((), dtype)
-    for leaf in jax.tree.leaves(jacobian):
-        entries = materialize(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    leaves = jax.tree.leaves(jacobian)
+    squares = []
+    for leaf in leaves:
+        entries = local_rows(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
         axes = tuple(range(1, entries.ndim))
-        squares = squares + jnp.sum(jnp.square(entries), axis=axes).astype(dtype)
-    return jnp.sqrt(squares)
+        squares.append(jnp.sum(jnp.square(entries), axis=axes).astype(dtype))
+    return jnp.sqrt(sum_leaves(squares, leaves))
