@@ -18,6 +18,7 @@ from jaxjd.autodiff._tasks import (
     check_chunk_size,
     check_differentiable,
     check_pair,
+    example_of,
     map_in_chunks,
     vary_like,
 )
@@ -144,7 +145,7 @@ class _Engine:
     ) -> None:
         check_differentiable(params)
         self.size = batch_size(batch)
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+        example = example_of(batch)
 
         def loss_of(params: PyTree, example: tuple) -> Any:
             found = fn(params, *example)

@@ -75,6 +75,17 @@ def _varying(aval: Any) -> frozenset:
     return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
 
 
+def example_of(batch: PyTree) -> PyTree:
+    """Returns the shapes of one example of a batch, with the types that `jax.shard_map` checks."""
+
+    def one(array: Any) -> Any:
+        if hasattr(array, "aval") and _varying(jax.typeof(array)):
+            return jax.eval_shape(lambda array: array[0], array)
+        return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+
+    return jax.tree.map(one, batch)
+
+
 def map_in_chunks(fn: Callable[[Any], Any], stacked: PyTree, chunk_size: int | None) -> Any:
     """Maps a function over the leading axis, `chunk_size` entries at a time."""
     size = jax.tree.leaves(stacked)[0].shape[0]
