@@ -11,6 +11,7 @@ from docutils import nodes
 from sphinx.util import logging
 
 import jaxjd
+import jaxjd.integrations.flax
 
 HERE = pathlib.Path(__file__).parent
 
@@ -75,7 +76,15 @@ def check_coverage(app, env):
     """Warns about public names that no page documents; with -W the build then fails."""
     logger = logging.getLogger(__name__)
     documented = {id(_resolve(name)) for name in env.get_domain("py").objects}
-    for module in (jaxjd, jaxjd.labels, jaxjd.linalg, jaxjd.scalarizers, jaxjd.weightings):
+    for module in (
+        jaxjd,
+        jaxjd.diagnostics,
+        jaxjd.labels,
+        jaxjd.linalg,
+        jaxjd.scalarizers,
+        jaxjd.weightings,
+        jaxjd.integrations.flax,
+    ):
         for name in module.__all__:
             value = getattr(module, name)
             if not inspect.ismodule(value) and id(value) not in documented:
