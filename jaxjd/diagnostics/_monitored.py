@@ -13,7 +13,7 @@ from jaxjd.checks import check_range, check_static_int, type_name
 from jaxjd.diagnostics._change import predicted_change_by
 from jaxjd.diagnostics._conflict import conflict_rate, cosine_matrix
 from jaxjd.diagnostics._rank import effective_rank
-from jaxjd.diagnostics._stationarity import stationarity_gap
+from jaxjd.diagnostics._stationarity import stationarity_gaps
 from jaxjd.linalg.algebra import count_tasks, gramian
 from jaxjd.linalg.scaling import unit_diagonal
 
@@ -141,8 +141,7 @@ def _diagnose(
         conflict_rate(products),
         worse,
         change,
-        stationarity_gap(products),
-        stationarity_gap(products, relative=True),
+        *stationarity_gaps(products),
         effective_rank(products),
     )
 

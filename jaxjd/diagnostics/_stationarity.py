@@ -44,15 +44,30 @@ def stationarity_gap(gramian: Gramian, relative: bool = False) -> jax.Array:
       0.7071
     """
     check_square("gramian", gramian)
-    unit = unit_diagonal(gramian)
     if relative:
-        # A zero row stays one.
-        matrix = jnp.where(unit.nonzero[:, None] & unit.nonzero[None, :], unit.cosines, 0)
-        return _shortest(matrix)
-    # In units of the longest gradient, so that no square underflows.
-    longest = jnp.max(unit.lengths)
+        return _shortest(_unit_rows(gramian))
+    scaled, scale = _in_units_of_the_longest(gramian)
+    return scale * _shortest(scaled)
+
+
+def stationarity_gaps(gramian: Gramian) -> tuple[jax.Array, jax.Array]:
+    """Returns the absolute and the relative gap, by one solver on both problems."""
+    scaled, scale = _in_units_of_the_longest(gramian)
+    gaps = jax.vmap(_shortest)(jnp.stack([scaled, _unit_rows(gramian)]))
+    return scale * gaps[0], gaps[1]
+
+
+def _unit_rows(gramian: Gramian) -> Gramian:
+    unit = unit_diagonal(gramian)
+    # A zero row stays one.
+    return jnp.where(unit.nonzero[:, None] & unit.nonzero[None, :], unit.cosines, 0)
+
+
+def _in_units_of_the_longest(gramian: Gramian) -> tuple[Gramian, jax.Array]:
+    """So that no square underflows."""
+    longest = jnp.max(unit_diagonal(gramian).lengths)
     scale = jnp.where(longest == 0, 1, longest)
-    return scale * _shortest(gramian / scale / scale)
+    return gramian / scale / scale, scale
 
 
 def _shortest(gramian: Gramian) -> jax.Array:
