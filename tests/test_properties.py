@@ -308,7 +308,7 @@ def test_powers_of_two_scale_every_update_exactly(name):
     within_range = [J for key, J in DEGENERATE.items() if key not in ("tiny_row", "huge_row")]
     for jacobians in by_rows(fitting(name, [*TYPICAL, *within_range])).values():
         expected = evaluate(name, jacobians).update
-        for exponent in (-33, -7, 1, 33):
+        for exponent in (-33, -7, 1, 15, 33):  # 2^15 is a usual scale of losses.
             scaled = evaluate(name, [J * 2.0**exponent for J in jacobians]).update
             np.testing.assert_array_equal(scaled, expected * 2.0**exponent)
 

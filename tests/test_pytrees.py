@@ -18,8 +18,6 @@ from jax.sharding import AxisType, NamedSharding
 
 import jaxjd
 from jaxjd import labels, weightings
-from tests import jaxprs
-from tests.registry import NAMED, UNWEIGHTED, WEIGHTINGS, by_name
 
 M = 3
 _upgrad = weightings.upgrad()
@@ -271,78 +269,6 @@ def test_small_inner_products_survive_in_bfloat16():
     row_1 = jnp.ones((1, 1999))
     jacobian = jnp.concatenate([row_1, jnp.concatenate([plus, minus], axis=1)]).astype("bfloat16")
     assert jaxjd.gramian(jacobian)[0, 1] == 1.0
-
-
-# Precision: on CPU every product is exact, so the jaxpr has to tell.
-
-
-def dots(fn, *args):
-    """All `dot_general` equations of a function's jaxpr, the inner ones too."""
-    return [e for e in jaxprs.equations(fn, *args) if e.primitive.name == "dot_general"]
-
-
-def check_precision(equations):
-    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
-    for equation in equations:
-        assert equation.params["precision"] == highest, equation
-        (out,) = equation.outvars
-        assert jnp.finfo(out.aval.dtype).bits >= 32, equation
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_product_of_a_jacobian_is_in_full_precision(dtype):
-    jacobian = random_jacobian(CONTAINERS["dict"](), 0, dtype)
-    for function, args in (
-        (jaxjd.gramian, (jacobian,)),
-        (jaxjd.cross_gramian, (jacobian, jacobian)),
-        (jaxjd.combine, (jnp.ones(M), jacobian)),
-        (jaxjd.combine, (jnp.ones(M, dtype), jacobian)),
-        (jaxjd.combine, (jnp.ones(M, int), jacobian)),
-    ):
-        equations = dots(function, *args)
-        assert len(equations) == 3
-        check_precision(equations)
-
-
-@pytest.mark.parametrize("method", WEIGHTINGS, ids=by_name)
-def test_every_product_of_a_weighting_is_in_full_precision(method):
-    params = CONTAINERS["dict"]()
-    jacobian = random_jacobian(params)
-    weighting = method.weighting()
-    state = weighting.init(M, params)
-    extra = method.extra_args(jacobian)
-    update = lambda stat, state: weighting.update(stat, state, **extra)
-    check_precision(dots(update, method.stat_of(jacobian), state))
-
-
-@pytest.mark.parametrize(
-    "solver",
-    [
-        lambda gramian: jaxjd.linalg.project_onto_dual_cone(jnp.eye(M), gramian),
-        lambda gramian: jaxjd.linalg.regularized_projector()(jnp.eye(M), gramian),
-        jaxjd.linalg.min_norm_weights,
-        jax.jacrev(jaxjd.linalg.min_norm_weights),
-    ],
-    ids=["dual cone", "regularized", "min norm", "derivative"],
-)
-def test_every_product_of_a_solver_is_in_full_precision(solver):
-    equations = dots(solver, jnp.eye(M))
-    assert equations
-    check_precision(equations)
-
-
-@pytest.mark.parametrize("method", NAMED + UNWEIGHTED, ids=by_name)
-def test_every_product_of_an_aggregator_is_in_full_precision(method):
-    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), CONTAINERS["dict"]())
-    jacobian = random_jacobian(params, 0, "bfloat16")
-    aggregator = method.aggregator(M)
-    update = lambda jacobian, state: aggregator.update(
-        jacobian, state, params, **method.extra_args(jacobian)
-    )
-    equations = dots(update, jacobian, aggregator.init(params))
-    if method.weighting is not None:
-        assert len(equations) >= 3  # The combination of every leaf is one.
-    check_precision(equations)
 
 
 # Sharding
