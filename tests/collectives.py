@@ -72,8 +72,14 @@ def _devices(line: str) -> int:
     grid = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if grid:
         return int(grid.group(2))
+    named = re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
     groups = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if groups:
         return len(groups.group(1).split(","))
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
-    return 1 + pairs.group(1).count("},{") if pairs else 1
+    if pairs:
+        return 1 + pairs.group(1).count("},{")
+    raise ValueError(f"No groups of devices in: {line}")

@@ -39,7 +39,7 @@ class ShardedLeaf(OpaqueLeaf):
     def __init__(self, local: Any, axes: tuple[str, ...]) -> None:
         super().__init__(local.shape, local.dtype)
         self.local = local
-        self.axes = axes
+        self.axes = tuple(sorted(axes))  # One order, so that there is one sum for the same axes.
 
 
 def shard_axes(leaf: Any) -> tuple[str, ...]:
