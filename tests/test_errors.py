@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 import jaxjd
-from jaxjd import labels, linalg, weightings
+from jaxjd import labels, linalg, scalarizers, weightings
 from tests.registry import NAMED, UNWEIGHTED, by_name
 
 PARAMS = {"a": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "c": jnp.zeros(3)}
@@ -1288,8 +1289,332 @@ SOLVERS = [
     ),
 ]
 
+# States, functions and numbers of the wrong kind
+
+STATES = [
+    *(
+        case(
+            f"state of another method: {name}",
+            lambda make=make, stat=stat: weigh(make(), stat, (EYE,), losses=LOSSES),
+            f"The state of `{name}` must be what its `init` returns",
+            "State, got tuple",
+        )
+        for name, make, stat in (
+            *(
+                (name, make, EYE)
+                for name, make in NEEDS_NUM_TASKS.items()
+                if name not in READS_JACOBIAN
+            ),
+            *((name, make, JACOBIAN) for name, make in READS_JACOBIAN.items()),
+            ("nash_mtl", lambda: NASH_EVERY_2, EYE),
+            ("stch", lambda: weightings.stch(warmup_steps=2), EYE),
+            ("random", weightings.random, EYE),
+            ("pcgrad", weightings.pcgrad, EYE),
+        )
+    ),
+    case(
+        "state of the whole chain for an aggregator",
+        lambda: trace(
+            jaxjd.upgrad().update,
+            JACOBIAN,
+            optax.chain(jaxjd.upgrad(), optax.adam(1e-3)).init(PARAMS),
+            PARAMS,
+        ),
+        "The state of an aggregator must be what its `init` returns, AggregatorState, got tuple",
+    ),
+    *(
+        case(
+            f"state of another aggregator: {name}",
+            lambda aggregator=aggregator: trace(
+                aggregator.update, JACOBIAN, optax.sgd(1.0, 0.9).init(PARAMS), PARAMS
+            ),
+            f"The state of `{name}` must be what its `init` returns",
+            "got tuple",
+        )
+        for name, aggregator in (
+            ("graddrop", jaxjd.graddrop()),
+            ("grouped", jaxjd.grouped(UPGRAD, "all")),
+            ("moco", jaxjd.moco(num_tasks=3)),
+            ("momentum_conflict_free", jaxjd.momentum_conflict_free(num_tasks=3)),
+            ("partition", jaxjd.partition({"all": jaxjd.mean()}, "all")),
+        )
+    ),
+    *(
+        case(
+            f"state made with another num_tasks: {name}",
+            lambda aggregator=aggregator, other=other: trace(
+                aggregator.update, JACOBIAN, other.init(PARAMS), PARAMS
+            ),
+            "The state's `weights` must have shape",
+            "another `num_tasks`",
+        )
+        for name, aggregator, other in (
+            ("two for three", jaxjd.upgrad(num_tasks=3), jaxjd.upgrad(num_tasks=2)),
+            ("none for three", jaxjd.upgrad(num_tasks=3), jaxjd.upgrad()),
+            ("three for none", jaxjd.upgrad(), jaxjd.upgrad(num_tasks=3)),
+            (
+                "grouped, none for three",
+                jaxjd.grouped(UPGRAD, "all", num_tasks=3),
+                jaxjd.grouped(UPGRAD, "all"),
+            ),
+        )
+    ),
+    case(
+        "state of a partition with other labels",
+        lambda: trace(
+            partitioned("one", "one").update,
+            JACOBIAN,
+            partitioned("two", "two").init(PARAMS),
+            PARAMS,
+        ),
+        r"The state has the labels \['two'\]",
+        r"aggregators for \['one'\]",
+    ),
+    case(
+        "weighting in an optax chain",
+        lambda: optax.chain(weightings.upgrad(), optax.sgd(1.0)).init(PARAMS),
+        "`num_tasks` must be a static int, got dict",
+        "jaxjd.weighted",
+    ),
+    case(
+        "weighting with a state in an optax chain",
+        lambda: optax.chain(weightings.gradvac(), optax.sgd(1.0)).init(PARAMS),
+        "`num_tasks` must be a static int, got dict",
+        "jaxjd.weighted",
+    ),
+    case(
+        "weighting that returns a list",
+        lambda: update(jaxjd.weighted(jaxjd.Weighting(UPGRAD.init, lambda *_, **__: ([1.0], ())))),
+        r"Expected weights of shape \(3,\), found list",
+    ),
+    case(
+        "Jacobian without the parameters' leaves",
+        lambda: update(jaxjd.upgrad(), {}),
+        "0 leaves",
+        "parameters have 3",
+    ),
+    case(
+        "parameters of another structure",
+        lambda: update(jaxjd.mean(), JACOBIAN, {"a": PARAMS["a"], "d": PARAMS["c"]}),
+        "leaf 'c'",
+        "have the leaf 'd' in its place",
+    ),
+    case(
+        "Jacobian of eight bits",
+        lambda: jaxjd.gramian(replaced(jnp.ones((3, 3), "float8_e5m2"))),
+        "leaf 'c'",
+        "16, 32 or 64 bits",
+        r"float8_e5m2\[3,3\]",
+    ),
+    case(
+        "Jacobian of Booleans",
+        lambda: jaxjd.gramian(replaced(jnp.ones((3, 3), bool))),
+        "leaf 'c'",
+        "floating point",
+        r"bool\[3,3\]",
+    ),
+    case(
+        "shapes for a Jacobian",
+        lambda: jaxjd.gramian(replaced(jax.ShapeDtypeStruct((3, 3), jnp.float32))),
+        "leaf 'c'",
+        "expected an array",
+        "found float32",
+    ),
+    *(
+        case(
+            f"weights of another kind: {kind}",
+            lambda weights=weights: jaxjd.combine(weights, JACOBIAN),
+            "`weights` must be real numbers",
+            found,
+        )
+        for kind, weights, found in (
+            ("complex", jnp.ones(3, complex), r"got complex64\[3\]"),
+            ("Boolean", jnp.ones(3, bool), r"got bool\[3\]"),
+            ("words", np.array(["a", "b", "c"]), "got <U1"),
+        )
+    ),
+    *(
+        case(
+            f"vector of another kind: {name}",
+            run,
+            f"`{name}` must hold real numbers",
+            "got complex64",
+        )
+        for name, run in (
+            ("pref_vector", lambda: weightings.upgrad(pref_vector=[1j, 1.0])),
+            ("weights", lambda: weightings.constant([1j, 1.0])),
+            ("leak", lambda: jaxjd.graddrop(leak=jnp.ones(2, complex))),
+            ("initial_weights", lambda: weightings.cr_mogm(UPGRAD, 0.5, jnp.ones(2, complex))),
+        )
+    ),
+    case(
+        "initial weights that are words",
+        lambda: weightings.cr_mogm(UPGRAD, initial_weights="equal"),
+        "`initial_weights` must be an array of numbers",
+        "got 'equal'",
+    ),
+    case(
+        "one entry of leak out of range",
+        lambda: jaxjd.graddrop(leak=[0.5, 1.5, 0.0]),
+        r"`leak\[1\]` must be >= 0 and <= 1",
+        "got 1.5",
+    ),
+    case(
+        "schedule of alpha that returns a vector",
+        lambda: weigh(
+            weightings.cr_mogm(UPGRAD, lambda count: jnp.ones(2)),
+            EYE,
+            weightings.cr_mogm(UPGRAD).init(3),
+        ),
+        "`alpha` must be a scalar",
+        r"got float32\[2\]",
+    ),
+    case(
+        "projector that was not made",
+        lambda: weightings.upgrad(projector=linalg.exact_projector),
+        "`projector` must be a function of",
+    ),
+    case(
+        "projector with another result",
+        lambda: weigh(weightings.upgrad(projector=lambda U, G: G[0])),
+        r"`projector` must return weights of the shape \(3, 3\)",
+        r"got float32\[3\]",
+    ),
+    case(
+        "function of graddrop that changes the shape",
+        lambda: update(jaxjd.graddrop(f=lambda purity: purity[..., None])),
+        r"`f` must keep the shape \(2,\)",
+        r"got float32\[2,1\]",
+    ),
+    case(
+        "parameters that are no arrays",
+        lambda: jaxjd.excess_mtl(num_tasks=2).init({"a": {"activation": "relu"}}),
+        "leaf 'a/activation'",
+        "expected an array",
+        "found str",
+    ),
+    case(
+        "unknown rescale",
+        lambda: weightings.cagrad(0.5, rescale="none at all"),
+        "`rescale` must be one of",
+        "got 'none at all'",
+    ),
+    case(
+        "unknown normalization",
+        lambda: weightings.mgda("l1"),
+        "`normalization` must be one of",
+        "got 'l1'",
+    ),
+    case("no rules", lambda: labels.by_rules(None), "`rules` must be a sequence", "got None"),
+    case(
+        "default label that is no string",
+        lambda: labels.by_rules([("", "all")], default=0),
+        "`default` must be a label",
+        "got 0",
+    ),
+    *(
+        case(
+            f"no function: {name}",
+            lambda make=make: make(None),
+            f"`{argument}` must be a function, got NoneType",
+        )
+        for name, argument, make in (
+            ("value_and_jacobian", "fn", jaxjd.value_and_jacobian),
+            ("value_and_gramian", "fn", jaxjd.value_and_gramian),
+            ("per_example_value_and_jacobian", "fn", jaxjd.per_example_value_and_jacobian),
+            ("per_example_value_and_gramian", "fn", jaxjd.per_example_value_and_gramian),
+            (
+                "mtl_value_and_jacobian",
+                "trunk_fn",
+                lambda f: jaxjd.mtl_value_and_jacobian(f, [head]),
+            ),
+            ("mtl_value_and_gramian", "trunk_fn", lambda f: jaxjd.mtl_value_and_gramian(f, [head])),
+            (
+                "explain_jacobian",
+                "fn",
+                lambda f: jaxjd.diagnostics.explain_jacobian(f, PARAMS),
+            ),
+        )
+    ),
+    *(
+        case(
+            f"has_aux without auxiliary output: {name}",
+            run,
+            "With has_aux=True the function must return a pair",
+            found,
+        )
+        for name, run, found in (
+            (
+                "value_and_jacobian",
+                lambda: engine(norms, has_aux=True),
+                r"found float32\[2\]",
+            ),
+            (
+                "three results",
+                lambda: engine(lambda p: (norms(p), 1, 2), has_aux=True),
+                "found tuple of 3",
+            ),
+            ("value_and_gramian", lambda: gramians(has_aux=True), r"found float32\[2\]"),
+            (
+                "per_example_value_and_jacobian",
+                lambda: per_example(lambda w, x: w * x, jnp.ones(3), has_aux=True),
+                r"found float32\[\]",
+            ),
+            ("mtl_value_and_jacobian", lambda: mtl([head], [1.0], has_aux=True), r"found float32"),
+        )
+    ),
+    case(
+        "complex weights for a pullback",
+        lambda: gramians(weights=jnp.ones(2, complex)),
+        "`weights` must be real numbers",
+        r"got complex64\[2\]",
+    ),
+    case(
+        "stack_tasks of what is no array",
+        lambda: jaxjd.stack_tasks({"w": "x"}, jnp.ones(2)),
+        "leaf 'w'",
+        "found str",
+    ),
+    case(
+        "complex rows onto the dual cone",
+        lambda: trace(linalg.project_onto_dual_cone, jnp.ones(3, complex), EYE),
+        "`U` must be real numbers",
+        r"got complex64\[3\]",
+    ),
+    *(
+        case(
+            f"state of another scalarizer: {name}",
+            lambda scalarizer=scalarizer: scalarizer.apply(LOSSES, ()),
+            f"The state of `{name}` must be what its `init` returns",
+            "got tuple",
+        )
+        for name, scalarizer in (
+            ("dwa", scalarizers.dwa()),
+            ("famo", scalarizers.famo()),
+            ("random", scalarizers.random()),
+            ("stch", scalarizers.stch(1.0, warmup_steps=1)),
+        )
+    ),
+    *(
+        case(f"scalarizer: {name}", run, message)
+        for name, run, message in (
+            ("integer losses", lambda: scalarizers.mean().apply({"a": jnp.arange(3)}, ()), "'a'"),
+            ("no losses", lambda: scalarizers.mean().apply({}, ()), "no losses"),
+            ("missing num_tasks", lambda: scalarizers.uw().init(), "`uw`.*num_tasks="),
+            ("parameters for num_tasks", lambda: scalarizers.uw().init(PARAMS), "got dict"),
+            (
+                "weights of other losses",
+                lambda: scalarizers.constant([1.0, 2.0]).apply(LOSSES, ()),
+                "`weights` must have one entry per task",
+            ),
+            ("mu of zero", lambda: scalarizers.stch(0.0), "`mu` must be > 0"),
+        )
+    ),
+]
+
 CASES = [
     *JACOBIANS,
+    *STATES,
     *FACTORIES,
     *HYPERPARAMETERS,
     *STATS,
@@ -1347,11 +1672,18 @@ def test_what_is_not_finite_propagates(method):
     @jax.jit
     def run(jacobian):
         state = aggregator.init(PARAMS)
-        return aggregator.update(jacobian, state, PARAMS, **method.extra_args(jacobian))[0]
+        return aggregator.update(jacobian, state, PARAMS, **method.extra_args(jacobian))
 
-    chex.assert_tree_all_finite(run(FINITE))
+    def is_finite(state):
+        numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return all(np.isfinite(x).all() for x in numbers)
+
+    kept = []
+    chex.assert_tree_all_finite(run(FINITE)[0])
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        update = run({**FINITE, "c": FINITE["c"].at[1, 2].set(bad)})
+        update, state = run({**FINITE, "c": FINITE["c"].at[1, 2].set(bad)})
+        # What is logged does not matter to the next call.
+        kept.append(is_finite(getattr(state, "weighting", state)))
         assert not np.isfinite(update["c"][2])
         if method.name in READS_NO_GRADIENT:
             # One entry is bad, and the weights, which do not depend on it, keep it there.
@@ -1359,5 +1691,81 @@ def test_what_is_not_finite_propagates(method):
         else:
             # The weights are not numbers any more, so nothing of the update is.
             assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(update))
-    # The next call is not affected by the last one.
-    chex.assert_tree_all_finite(run(FINITE))
+    # A call with a state of its own is not affected by the last one.
+    chex.assert_tree_all_finite(run(FINITE)[0])
+    state = jax.eval_shape(aggregator.init, PARAMS)
+    if not jax.tree.leaves(getattr(state, "weighting", state)):
+        outcome = "has none"
+    elif all(kept):
+        outcome = "stays finite"
+    else:
+        outcome = "not finite: lost"
+    assert outcome == documented_outcomes()[method.name]
+
+
+@functools.cache
+def documented_outcomes():
+    """What docs/errors.md says about the next state, by method."""
+    text = pathlib.Path(__file__).parents[1].joinpath("docs", "errors.md").read_text()
+    (section,) = re.findall(r"## Numbers that are not finite\n(.*?)\n## ", text, re.DOTALL)
+    rows = re.findall(r"^\| (`.*?) \| (.*) \| (.*) \|$", section, re.MULTILINE)
+    outcomes = {name: state for names, _, state in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(outcomes) == {method.name for method in NAMED + UNWEIGHTED}
+    for names, update, _ in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            everywhere = name not in READS_NO_GRADIENT and name != "trimmed_mean"
+            assert (update == "NaN everywhere") == everywhere, name
+    return outcomes
+
+
+# What raises nothing, or another error: docs/errors.md says what to do instead
+
+
+def adam_first():
+    """A chain with the optimizer and the aggregator in the wrong order, and its first step."""
+    tx = optax.chain(optax.scale_by_adam(), jaxjd.mean())
+
+    def step(state, _=None):
+        updates, state = tx.update(JACOBIAN, state, PARAMS)
+        return state, updates
+
+    return tx, step
+
+
+def test_an_optimizer_before_the_aggregator_changes_its_state():
+    tx, step = adam_first()
+    with jax.numpy_rank_promotion("allow"):  # As in a user's program.
+        state = tx.init(PARAMS)
+        after, _ = jax.eval_shape(step, state)
+        assert state[0].mu["c"].shape == (3,)
+        assert after[0].mu["c"].shape == (3, 3)
+        with pytest.raises(TypeError, match="carry"):
+            jax.eval_shape(lambda s: jax.lax.scan(step, s, length=2), state)
+        # From then on it is Adam for every task, as jaxjd.per_task makes it from the start.
+        right = optax.chain(jaxjd.per_task(optax.scale_by_adam(), 3), jaxjd.mean())
+        chex.assert_trees_all_close(
+            step(state)[1], right.update(JACOBIAN, right.init(PARAMS), PARAMS)[0]
+        )
+
+
+def test_no_aggregator_broadcasts_the_parameters():
+    tx = optax.sgd(1.0)
+    with jax.numpy_rank_promotion("allow"):
+        updates, _ = tx.update(JACOBIAN, tx.init(PARAMS), PARAMS)
+        assert optax.apply_updates(PARAMS, updates)["c"].shape == (3, 3)
+
+
+def test_unknown_extra_arguments_are_ignored_unless_one_is_missing():
+    found = update(jaxjd.mgda(), loss=LOSSES)
+    assert jax.tree.structure(found[0]) == jax.tree.structure(PARAMS)
+    with pytest.raises(ValueError, match="pass `losses=`"):
+        update(jaxjd.gradnorm(num_tasks=3), loss=LOSSES)
+
+
+def test_the_page_has_the_text_of_every_kind_of_error():
+    from tests import error_page
+
+    _, tables, _ = error_page.parts(error_page.PAGE.read_text())
+    rendered = error_page.render()
+    assert rendered.count("\n| ") > 150
+    assert tables.strip() == rendered.strip(), "run python -m tests.error_page"
