@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 import jaxjd
 from jaxjd import labels, sharding, weightings
 from jaxjd.linalg import reduction
+from tests.benchmarks import communication
 from tests.collectives import collectives
 
 M, STEPS = 4, 3
@@ -455,6 +456,16 @@ def test_a_factored_leaf_is_sent_in_the_cheaper_way():
     factor_bytes = sum(4 * rows * (p + 4 * q) for kind, (p, q) in kinds if kind == "FactoredLeaf")
     assert sum(one.sent for one in factors) == reduction.gathered_bytes(factor_bytes, devices)
     assert sum(one.sent for one in collectives(gathered)) < sent / 2
+
+
+def test_the_formulas_of_the_page_are_those_of_compiled_programs():
+    for name, (counted, found) in communication.measure().items():
+        assert found == counted, name
+    page = pathlib.Path(__file__).parent.parent / "docs" / "distributed.md"
+    text = page.read_text()
+    for rows in (8, 2048):
+        for cells in communication.table(rows):
+            assert "| " + " | ".join(cells) + " |" in text
 
 
 # Mistakes
