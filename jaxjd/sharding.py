@@ -382,7 +382,7 @@ def _splits(
     for tree, specs in zip(chosen, prefix, strict=True):
         specs = _broadcast(PartitionSpec() if specs is None else specs, tree)
         splits += [_spec_axes(spec) for spec in specs]
-    axes = _axes(dict.fromkeys([*names, *(axis for split in splits for axis in split)]))
+    axes = _axes(tuple(dict.fromkeys([*names, *(axis for split in splits for axis in split)])))
     given = any(specs is not None for specs in prefix)
     for (path, leaf), split in zip(jax.tree.leaves_with_path(chosen), splits, strict=True):
         path = path if len(chosen) > 1 else path[1:]
