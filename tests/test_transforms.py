@@ -400,6 +400,42 @@ def test_a_bad_microbatch_is_left_out():
     chex.assert_trees_all_close(state.inner_state, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_links_on_shards(check_vma):
+    """One device's shard is bad: all skip. And marks of shards survive an accumulation."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = {"w": jax.P("x"), "b": jax.P()}
+    params = {"w": jnp.arange(4.0).reshape(2, 2), "b": jnp.ones(2)}
+    tx = jaxjd.skip_if_not_finite(
+        jaxjd.multi_steps(
+            optax.chain(jaxjd.imtl_g(num_tasks=2), optax.sgd(0.1, momentum=0.9)), 2, 2
+        )
+    )
+    J = jacobians(5, like=params)
+    J["w"] = J["w"].at[1, 0, 1, 0].set(jnp.nan)  # Row 1 of w: the second device.
+
+    def run(params, J, mark=lambda J: jaxjd.sharding.sharded(J, spec)):
+        step = lambda state, J: tx.update(mark(J), state, params)[::-1]
+        state, updates = lax.scan(step, tx.init(params), J)
+        return updates, state.skipped, state.inner_state.step
+
+    expected = jax.jit(lambda params, J: run(params, J, lambda J: J))(params, J)
+
+    rows = {"w": jax.P(None, "x"), "b": jax.P()}
+    found = jax.jit(
+        jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(spec, {"w": jax.P(None, None, "x"), "b": jax.P()}),
+            out_specs=(rows, jax.P(), jax.P()),
+            check_vma=check_vma,
+        )
+    )(params, J)
+    assert int(found[1]) == 1
+    assert int(found[2]) == 2
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_links_of_optax_come_too_late_or_do_not_fit():
     """Why `skip_if_not_finite` exists."""
     J = row(jacobians(1), 0)

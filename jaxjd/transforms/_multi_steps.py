@@ -13,6 +13,7 @@ from jax import lax
 from jaxjd.base import Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_length, check_static_int
 from jaxjd.linalg.algebra import count_tasks
+from jaxjd.linalg.sharded import mark_like
 from jaxjd.transforms._arguments import check_transform
 from jaxjd.weightings._losses import read_losses
 from jaxjd.weightings._rows import paired_leaves, zero_rows
@@ -165,7 +166,7 @@ def _add(new: Jacobian, total: Jacobian) -> Jacobian:
 def _mean(total: Jacobian, count: jax.Array, like: Jacobian) -> Jacobian:
     leaves = zip(jax.tree.leaves(total), jax.tree.leaves(like), strict=True)
     means = [(leaf / count.astype(leaf.dtype)).astype(wanted.dtype) for leaf, wanted in leaves]
-    return jax.tree.unflatten(jax.tree.structure(like), means)
+    return jax.tree.unflatten(jax.tree.structure(like), mark_like(means, like))
 
 
 def _pair_of(extra_args: dict[str, Any], accumulated: bool) -> tuple[Jacobian, ...]:

@@ -47,8 +47,9 @@ def per_task(
 
     Returns:
       A transformation with state `PerTaskState`. It takes and returns a Jacobian, with leaves of
-      shape ``(m, *param.shape)``; factored leaves are materialized. `params` and extra arguments
-      are the same for all tasks.
+      shape ``(m, *param.shape)``; factored leaves are materialized, and leaves that are split over
+      devices refused, since `tx` may sum over entries. `params` and extra arguments are the same
+      for all tasks.
 
     Raises:
       ValueError: If `tx` is no transformation or `num_tasks` no positive static int; in `update`,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax import lax
 
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.linalg.algebra import all_finite
+from jaxjd.linalg.sharded import shard_axes, vary
 from jaxjd.transforms._arguments import check_transform
 
 
@@ -37,19 +37,18 @@ class SkipIfNotFiniteState(NamedTuple):
 
 
 def skip_if_not_finite(
-    tx: optax.GradientTransformation, *, axis_name: Hashable | None = None
+    tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips a step that is not finite: zero updates, and every bit of the state as it was.
 
     A step is skipped if the Jacobian holds a NaN or an infinity, if an update would, or if an entry
     of the state that was finite would not be any more (a Gramian or a second moment that
     overflows). The aggregator's state is inside, where ``optax.apply_if_finite`` behind it would
-    come too late, and around it would not fit the shapes.
+    come too late, and around it would not fit the shapes. Devices that hold shards of the
+    parameters, by the marks of `jaxjd.sharding`, all skip if one of them does.
 
     Args:
       tx: The whole chain, aggregator first.
-      axis_name: The axes of ``shard_map`` or ``pmap`` along which devices hold different parts of
-        the parameters, if any: all of them skip if one does.
 
     Returns:
       A transformation with state `SkipIfNotFiniteState`.
@@ -79,8 +78,9 @@ def skip_if_not_finite(
     ) -> tuple[PyTree, SkipIfNotFiniteState]:
         new, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         fine = all_finite(updates) & all_finite(new) & _stays_finite(state.inner_state, inner_state)
-        if axis_name is not None:
-            fine = lax.psum((~fine).astype(jnp.int32), axis_name) == 0
+        axes = sorted({axis for leaf in jax.tree.leaves(updates) for axis in shard_axes(leaf)})
+        if axes:
+            fine = lax.psum(vary((~fine).astype(jnp.int32), axes), tuple(axes)) == 0
         return (
             jax.tree.map(lambda leaf: jnp.where(fine, leaf, jnp.zeros_like(leaf)), new),
             SkipIfNotFiniteState(
