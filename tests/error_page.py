@@ -21,6 +21,7 @@ SECTIONS = {
     "Groups": test_errors.LABELS,
     "Engines": test_errors.ENGINES,
     "Solvers": test_errors.SOLVERS,
+    "Chain links and training states": test_errors.LINKS,
 }
 MARK = "<!-- {} of the table, which `python -m tests.error_page` writes -->"
 

@@ -16,6 +16,7 @@ import pytest
 
 import jaxjd
 from jaxjd import labels, linalg, scalarizers, weightings
+from jaxjd.integrations.flax import JDTrainState
 from tests.registry import NAMED, UNWEIGHTED, by_name
 
 PARAMS = {"a": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "c": jnp.zeros(3)}
@@ -1291,6 +1292,182 @@ SOLVERS = [
 
 # States, functions and numbers of the wrong kind
 
+LINKS = [
+    *(
+        case(
+            f"factory instead of a transformation: {link.__name__}",
+            lambda link=link, rest=rest: link(optax.adam, *rest),
+            "`tx` must be an optax transformation",
+            "called first",
+            "found function",
+        )
+        for link, rest in (
+            (jaxjd.per_task, (2,)),
+            (jaxjd.ensure_aggregated, ()),
+            (jaxjd.multi_steps, (2, 2)),
+            (jaxjd.skip_if_not_finite, ()),
+        )
+    ),
+    case(
+        "per_task without tasks",
+        lambda: jaxjd.per_task(optax.clip(1.0), 0),
+        "`num_tasks` must be >= 1",
+        "got 0",
+    ),
+    case(
+        "number of tasks of the link",
+        lambda: update(jaxjd.per_task(optax.clip(1.0), 2)),
+        "`the Jacobian` has 3 entries, but there are 2 tasks",
+    ),
+    case(
+        "gradient for a link",
+        lambda: update(jaxjd.per_task(optax.clip(1.0), 3), NO_TASK_AXIS),
+        "leaf 'c'",
+        r"found shape \(3,\)",
+    ),
+    case(
+        "an aggregator inside of per_task",
+        lambda: update(jaxjd.per_task(jaxjd.sum(), 3)),
+        "leaf 'c'",
+        "expected a task axis of size 2 as in leaf 'a/b'",
+    ),
+    case(
+        "transformation that changes a shape",
+        lambda: update(jaxjd.per_task(optax.stateless(lambda u, _: jax.tree.map(jnp.sum, u)), 3)),
+        "leaf 'a/b'|Leaf 'a/b'",
+        r"keeps the shape \(2,\)",
+        r"found \(\)",
+    ),
+    case(
+        "frozen leaf of another shape",
+        lambda: update(jaxjd.freeze(), replaced(jnp.zeros((3, 5)))),
+        "leaf 'c'",
+        r"expected shape \(m, \*\(3,\)\) or \(3,\)",
+        r"found \(3, 5\)",
+    ),
+    case(
+        "Jacobian that no aggregator takes",
+        lambda: update(optax.chain(optax.sgd(0.1), jaxjd.ensure_aggregated())),
+        "leaf 'a/b'",
+        r"expected the shape \(2,\)",
+        r"found \(3, 2\) with a task axis",
+    ),
+    case(
+        "Jacobian under a mask of optax",
+        lambda: update(
+            optax.chain(
+                optax.masked(jaxjd.sum(), {"a": True, "c": False}), jaxjd.ensure_aggregated()
+            )
+        ),
+        "leaf 'c'",
+        r"expected the shape \(3,\)",
+        r"found \(3, 3\)",
+    ),
+    case(
+        "set_to_zero instead of freeze",
+        lambda: update(
+            optax.chain(
+                optax.partition({"a": jaxjd.sum(), "c": optax.set_to_zero()}, {"a": "a", "c": "c"}),
+                jaxjd.ensure_aggregated(),
+            )
+        ),
+        "leaf 'c'",
+        "jaxjd.freeze",
+    ),
+    case(
+        "an optimizer before the aggregator",
+        lambda: _update_with_broadcasting(
+            jaxjd.ensure_aggregated(optax.chain(optax.adam(0.1), jaxjd.upgrad()))
+        ),
+        "State leaf '0/0/mu/a/b'",
+        r"expected float32\[2\]",
+        r"found float32\[3,2\]",
+        "jaxjd.per_task",
+    ),
+    case(
+        "updates that no parameters are there for",
+        lambda: update(jaxjd.ensure_aggregated(), NO_TASK_AXIS, None),
+        "`ensure_aggregated` compares",
+        "pass `params`",
+    ),
+    case(
+        "updates of another structure",
+        lambda: update(jaxjd.ensure_aggregated(), {"a": NO_TASK_AXIS["a"], "d": jnp.ones(3)}),
+        "leaf 'd'",
+        "the leaf 'c' in its place",
+    ),
+    case(
+        "updates that are not all there",
+        lambda: update(jaxjd.ensure_aggregated(), {"a": NO_TASK_AXIS["a"]}),
+        "2 leaves",
+        "the parameters have 3",
+    ),
+    case(
+        "no microbatches",
+        lambda: jaxjd.multi_steps(jaxjd.sum(), 0, 2),
+        "`k` must be >= 1",
+        "got 0",
+    ),
+    case(
+        "half a microbatch",
+        lambda: jaxjd.multi_steps(jaxjd.sum(), 2.5, 2),
+        "`k` must be a static int",
+    ),
+    case(
+        "accumulated losses of another number",
+        lambda: update(jaxjd.multi_steps(jaxjd.sum(), 2, 3), losses=jnp.ones(2)),
+        "`losses` has 2 entries",
+        "3 tasks",
+    ),
+    case(
+        "cross_jacobians that are not accumulated",
+        lambda: update(
+            jaxjd.multi_steps(jaxjd.modo(num_tasks=3), 2, 3), cross_jacobians=(JACOBIAN, JACOBIAN)
+        ),
+        "does not accumulate",
+        "cross_jacobians=True",
+    ),
+    case(
+        "accumulated cross_jacobians that are missing",
+        lambda: update(jaxjd.multi_steps(jaxjd.modo(num_tasks=3), 2, 3, cross_jacobians=True)),
+        "accumulates `cross_jacobians`: pass them",
+    ),
+    case(
+        "one cross-Jacobian to accumulate",
+        lambda: update(
+            jaxjd.multi_steps(jaxjd.modo(num_tasks=3), 2, 3, cross_jacobians=True),
+            cross_jacobians=JACOBIAN,
+        ),
+        "must be a pair of Jacobians",
+        "found dict",
+    ),
+    case(
+        "Jacobian applied without an aggregator to JDTrainState",
+        lambda: JDTrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1)).apply_jacobian(
+            JACOBIAN
+        ),
+        "leaf 'a/b'",
+        r"expected the shape \(2,\)",
+    ),
+    case(
+        "parameters that their gradients overwrite",
+        lambda: JDTrainState.create(
+            apply_fn=None,
+            params={"params": PARAMS, "_overwrite_with_gradient": {"scale": jnp.ones(1)}},
+            tx=optax.sgd(0.1),
+        ).apply_jacobian(JACOBIAN),
+        "'_overwrite_with_gradient'",
+        "Keep it out",
+    ),
+]
+
+
+def _update_with_broadcasting(tx):
+    # JAX's default, under which nothing else reports it.
+    with jax.numpy_rank_promotion("allow"):
+        return update(tx)
+
+
 STATES = [
     *(
         case(
@@ -1621,6 +1798,7 @@ CASES = [
     *LABELS,
     *ENGINES,
     *SOLVERS,
+    *LINKS,
 ]
 
 
