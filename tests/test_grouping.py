@@ -132,6 +132,25 @@ def test_the_four_strategies(library):
 
 
 @libraries
+def test_groups_are_the_same_at_init_and_update(library):
+    """One weight per layer, so that every leaf tells which group it was in."""
+    params = LIBRARIES[library][0]()
+    names = sorted(LIBRARIES[library][2])
+    parts = {name: jaxjd.constant([1.0 + n, 0.0], num_tasks=2) for n, name in enumerate(names)}
+    tx = optax.chain(jaxjd.partition(parts, labels.by_layer), optax.scale(-1.0))
+    J = jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape)), params)
+    state = tx.init(params)
+    assert sorted(state[0].inner_states) == names
+    for like in (params, None):
+        updates, after = tx.update(J, state, like)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        leaves = jax.tree.leaves(updates)
+        for n, name in enumerate(names):
+            for place in LIBRARIES[library][2][name]:
+                np.testing.assert_array_equal(leaves[place], np.full(leaves[place].shape, -1.0 - n))
+
+
+@libraries
 def test_by_rules(library):
     params = LIBRARIES[library][0]()
     tree = labels.by_rules([("^decoder", "head")], default="trunk")(params)

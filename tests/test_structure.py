@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -146,3 +147,17 @@ def test_version_is_the_installed_one():
     import importlib.metadata
 
     assert jaxjd.__version__ == importlib.metadata.version("jaxjd")
+
+
+def test_the_table_of_integrations_names_tests_that_exist():
+    root = PACKAGE.parent
+    table = (root / "docs" / "integrations.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 25
+    for row in rows:
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row)
+        assert named, f"no test holds this row: {row}"
+        for path, name in named:
+            tree = ast.parse((root / path).read_text())
+            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name in functions, f"{path} has no {name}"
