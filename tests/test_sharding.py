@@ -294,6 +294,34 @@ def test_the_recipe_in_steps():
         chex.assert_trees_all_close(found, TRUE, **CLOSE)
 
 
+def test_factors_of_views():
+    """Transposed, sliced and reshaped kernels and an embedding keep the types of what varies."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    params = {
+        "embedding": jax.random.normal(keys[0], (5, 16)),
+        "transposed": jax.random.normal(keys[1], (16, 8)),
+        "viewed": jax.random.normal(keys[2], (2, 8, 16)),
+    }
+    x = jax.random.normal(keys[3], (8, 8))
+    tokens = jnp.arange(8) % 5
+
+    def fn(params, x, tokens):
+        h = jnp.tanh(x @ params["transposed"].T) + params["embedding"][tokens]
+        h = jnp.tanh(h @ params["viewed"][0].T) @ params["viewed"].reshape(16, 16)[:8]
+        return jnp.mean(h**2, axis=0)[:3]
+
+    def run(params, x, tokens, wrap=lambda engine: sharding.parallel(engine, "data")):
+        engine = wrap(jaxjd.value_and_jacobian(fn, form="factored"))
+        _, jacobian = engine(params, x, tokens)
+        return jaxjd.gramian(jacobian), jaxjd.combine(jnp.arange(1.0, 4), jacobian)
+
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    found = jax.jit(jax.shard_map(run, mesh=mesh, **specs))(params, x, tokens)
+    wanted = jax.jit(functools.partial(run, wrap=lambda engine: engine))(params, x, tokens)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
 def test_tasks_with_heads_and_auxiliary_output():
     def trunk(params, x, y):
         return jnp.tanh(x @ params["kernel"] + params["bias"]), jnp.sum(x)
