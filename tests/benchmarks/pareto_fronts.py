@@ -1,17 +1,26 @@
 """Which methods cover a Pareto front by their preferences.
 
-Run it by `python -m tests.benchmarks.pareto_fronts`. Every member of a population has a preference
-of its own; all train in one program. The table gives the hypervolume as a percentage of the true
-front's, at the reference point (1.1, 1.1).
+Run::
+
+    python -m tests.benchmarks.pareto_fronts --json tests/benchmarks/results/pareto_fronts.json
+
+Every member of a population has a preference of its own; all train in one program. The tables give
+the hypervolume as a percentage of the true front's, at a reference point of 1.1 in every loss: for
+two losses 200 members and the whole front, for three losses 136 members and the 136 points of the
+front on the same rays.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -23,7 +32,7 @@ MEMBERS = 200
 
 
 class Problem(NamedTuple):
-    """Two losses of `size` variables in a box.
+    """Two or three losses of `size` variables in a box.
 
     Attributes:
       losses: The losses of unbounded `z`, of which the variables are a smooth function.
@@ -31,14 +40,14 @@ class Problem(NamedTuple):
       start: One start for all members.
       spread: A start for every member, in the order of their weights of the first loss.
       ideal: The smallest value of each loss on the front.
-      hypervolume: That of the true front.
+      hypervolume: That of the true front, or of its points on the rays for three losses.
     """
 
     losses: Callable[[jax.Array], jax.Array]
     size: int
     start: Callable[[int], jax.Array]
     spread: Callable[[int], jax.Array]
-    ideal: tuple[float, float]
+    ideal: tuple[float, ...]
     hypervolume: float
 
 
@@ -91,10 +100,63 @@ PROBLEMS = {
 }
 
 
+def _dtlz(number: int, hypervolume: float, reach: float | None = None) -> Problem:
+    """Deb, Thiele, Laumanns and Zitzler (2002): variables in [0, 1], ``x = sin(z)^2``.
+
+    The first two variables say where on the front a point is, the others how far from it. Those
+    start at 0.3 and 0.7, or at most `reach` from their best value, 0.5.
+    """
+    size = 7 if number == 1 else 12
+
+    def losses(z: jax.Array) -> jax.Array:
+        x = jnp.sin(z) ** 2
+        place, offsets = x[:2], x[2:] - 0.5
+        if number == 1:
+            waves = offsets**2 - jnp.cos(20 * jnp.pi * offsets)
+            far = 100 * (len(offsets) + jnp.sum(waves))
+            first, second = place
+            plane = [first * second, first * (1 - second), 1 - first]
+            return 0.5 * (1 + far) * jnp.stack(plane)
+        far = jnp.sum(offsets**2)
+        (a, b), (c, d) = jnp.cos(place * jnp.pi / 2), jnp.sin(place * jnp.pi / 2)
+        return (1 + far) * jnp.stack([a * b, a * d, c])
+
+    def start(count: int) -> jax.Array:
+        offset = 0.2 if reach is None else reach
+        signs = jnp.where(jnp.arange(size - 2) % 2 == 0, -1.0, 1.0)
+        x = jnp.concatenate([jnp.array([0.4, 0.6]), 0.5 + offset * signs])
+        return jnp.broadcast_to(jnp.arcsin(jnp.sqrt(x)), (count, size))
+
+    def spread(count: int) -> jax.Array:
+        # Golden-ratio points of the unit square.
+        index = jnp.arange(1.0, count + 1)
+        square = jnp.stack([0.7548777 * index, 0.5698403 * index], axis=1) % 1.0
+        x = 0.05 + 0.9 * square
+        return start(count).at[:, :2].set(jnp.arcsin(jnp.sqrt(x)))
+
+    return Problem(losses, size, start, spread, (0.0, 0.0, 0.0), hypervolume)
+
+
+THREE_LOSSES = {
+    "DTLZ2": _dtlz(2, 0.75677),
+    "DTLZ1": _dtlz(1, 1.30581),
+    "DTLZ1, from within 0.04": _dtlz(1, 1.30581, 0.04),
+}
+"""Hypervolumes as pymoo 0.6 has them for 136 points of the front."""
+
+
 def preferences(count: int = MEMBERS) -> jax.Array:
     """Weights of the two losses that sum to one, shape ``(count, 2)``."""
     first = jnp.linspace(0.001, 0.999, count)
     return jnp.stack([first, 1 - first], axis=1)
+
+
+def simplex_lattice(divisions: int = 15) -> jax.Array:
+    """All triples of multiples of one over `divisions` that sum to one: 136 of 15 (Das, Dennis)."""
+    steps = range(divisions + 1)
+    triples = [(i, j, divisions - i - j) for i in steps for j in steps if i + j <= divisions]
+    points = jnp.maximum(jnp.array(triples) / divisions, 1e-3)
+    return points / points.sum(axis=1, keepdims=True)
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
@@ -148,11 +210,14 @@ def train_aggregated(
 def scalarizers(problem: Problem) -> dict[str, Callable[[jax.Array], jaxjd.Scalarizer]]:
     """The scalarizers with preferences."""
     ideal = jnp.array(problem.ideal)
+    # A ray in the space of losses: much of a loss where it weighs little.
+    inverse = (
+        (lambda p: p[::-1]) if len(problem.ideal) == 2 else (lambda p: (1 / p) / jnp.sum(1 / p))
+    )
     return {
         "`scalarizers.constant` (linear)": jaxjd.scalarizers.constant,
         "`scalarizers.stch`": lambda p: jaxjd.scalarizers.stch(0.01, p, ideal),
-        # A ray in the space of losses: much of a loss where it weighs little.
-        "`scalarizers.pbi`": lambda p: jaxjd.scalarizers.pbi(5.0, p[::-1], ideal),
+        "`scalarizers.pbi`": lambda p: jaxjd.scalarizers.pbi(5.0, inverse(p), ideal),
         "`scalarizers.cosmos`": lambda p: jaxjd.scalarizers.cosmos(2.0, p),
     }
 
@@ -168,26 +233,74 @@ AGGREGATORS: dict[str, Callable[[jax.Array], jaxjd.Aggregator]] = {
 
 def share(problem: Problem, losses: jax.Array) -> float:
     """The hypervolume of a population as a share of the front's."""
+    if losses.shape[1] == 3:
+        return volume(np.asarray(losses, float)) / problem.hypervolume
     return float(jaxjd.diagnostics.hypervolume(losses, REFERENCE)) / problem.hypervolume
 
 
-def main() -> None:
-    """Prints the table."""
-    print("| method, starts | " + " | ".join(PROBLEMS) + " |")
-    print("|---" * (1 + len(PROBLEMS)) + "|")
-    for kind in ("start", "spread"):
-        runs: dict[str, list[str]] = {}
-        for problem in PROBLEMS.values():
-            starts = getattr(problem, kind)(MEMBERS)
-            trained = {
-                name: train_scalarized(problem.losses, make)
-                for name, make in scalarizers(problem).items()
-            } | {name: train_aggregated(problem.losses, make) for name, make in AGGREGATORS.items()}
-            for name, train in trained.items():
-                found = share(problem, train(preferences(), starts))
-                runs.setdefault(name, []).append(f"{100 * found:.1f}")
-        for name, shares in runs.items():
-            print(f"| {name}, {'one' if kind == 'start' else kind} | " + " | ".join(shares) + " |")
+def volume(losses: np.ndarray, reference: float = 1.1) -> float:
+    """The hypervolume of three losses: slices along the third, each an area."""
+    losses = losses[np.argsort(losses[:, 2])]
+    heights = np.diff(np.minimum(np.append(losses[:, 2], reference), reference))
+    total = 0.0
+    for count, height in enumerate(heights, start=1):
+        if height > 0:
+            total += height * _area(losses[:count, :2], reference)
+    return total
+
+
+def _area(losses: np.ndarray, reference: float) -> float:
+    losses = np.minimum(losses[np.argsort(losses[:, 0])], reference)
+    widths = np.diff(np.append(losses[:, 0], reference))
+    return float(np.sum(widths * (reference - np.minimum.accumulate(losses[:, 1]))))
+
+
+def measure(problem: Problem) -> dict[str, dict[str, float]]:
+    """The share of every method, from both kinds of starts."""
+    wanted = preferences() if len(problem.ideal) == 2 else 1 / simplex_lattice()
+    wanted /= wanted.sum(axis=1, keepdims=True)
+    trained = {
+        name: train_scalarized(problem.losses, make) for name, make in scalarizers(problem).items()
+    } | {name: train_aggregated(problem.losses, make) for name, make in AGGREGATORS.items()}
+    found: dict[str, dict[str, float]] = {"start": {}, "spread": {}}
+    for name, train in trained.items():
+        for kind, shares in found.items():
+            starts = getattr(problem, kind)(len(wanted))
+            shares[name] = share(problem, train(wanted, starts))
+    return found
+
+
+def table(result: dict[str, Any], problems: dict[str, Problem]) -> str:
+    """The results of some of the problems in Markdown."""
+    lines = [
+        "| method, starts | " + " | ".join(problems) + " |",
+        "|---" * (1 + len(problems)) + "|",
+    ]
+    for kind, word in (("start", "one"), ("spread", "spread")):
+        columns = [result[problem][kind] for problem in problems]
+        for name in columns[0]:
+            cells = [f"{100 * column[name]:.1f}" for column in columns]
+            lines.append(f"| {name}, {word} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains all populations, prints the tables, and writes what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--losses", type=int, choices=[2, 3], help="only problems of so many")
+    parser.add_argument("--json", type=Path, help="results; those of other problems stay")
+    options = parser.parse_args(arguments)
+    result: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text())
+    families = {2: PROBLEMS, 3: THREE_LOSSES}
+    for problems in [families[options.losses]] if options.losses else families.values():
+        for name, problem in problems.items():
+            result[name] = measure(problem)
+        print(table(result, problems), flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

