@@ -107,7 +107,9 @@ def _resolve(full_name):
 def strip_code(app, doctree):
     """Removes the empty line that ends the examples in Markdown, where doctest needs it."""
     for block in doctree.findall(nodes.literal_block):
-        block.children = [nodes.Text(block.astext().rstrip("\n"))]
+        # Sphinx highlights a block only if its source and its text are the same.
+        block.rawsource = block.astext().rstrip("\n")
+        block.children = [nodes.Text(block.rawsource)]
 
 
 def skip_fields(app, what, name, obj, skip, options):
