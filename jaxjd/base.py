@@ -212,6 +212,24 @@ def require_num_tasks(num_tasks: Any, name: str) -> int:
     return _check_num_tasks(num_tasks)
 
 
+def check_weighting(weighting: Any) -> None:
+    """Checks the `weighting` of something that is made from one.
+
+    Raises:
+      ValueError: If it is anything else.
+    """
+    if isinstance(weighting, Weighting):
+        return
+    hint = (
+        "take the weighting of the same name from jaxjd.weightings"
+        if isinstance(weighting, Aggregator)
+        else "a factory has to be called first"
+    )
+    raise ValueError(
+        f"`weighting` must be a jaxjd.Weighting, got {type(weighting).__name__} ({hint})."
+    )
+
+
 def _check_num_tasks(num_tasks: Any) -> int:
     if not jax.tree_util.all_leaves([num_tasks]):
         raise ValueError(

@@ -119,6 +119,14 @@ JACOBIANS = [
         "size 2 as in leaf 'a/b'",
         r"found shape \(3,\)",
         "gradient without a task axis",
+        "value_and_jacobian",
+    ),
+    case(
+        "gradients of a dict of losses, as jacrev returns them",
+        lambda: update(jaxjd.upgrad(), {"one": NO_TASK_AXIS, "two": NO_TASK_AXIS}),
+        "leaf 'one/c'",
+        "2 gradients without a task axis",
+        "jaxjd.stack_tasks",
     ),
     case(
         "gradient without a task axis, no params",
@@ -328,6 +336,7 @@ FACTORIES = [
         lambda: jaxjd.weighted(jaxjd.upgrad()),
         "`weighting` must be a jaxjd.Weighting",
         "got Aggregator",
+        "from jaxjd.weightings",
     ),
     case(
         "cr_mogm of a factory",

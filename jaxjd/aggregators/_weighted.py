@@ -15,6 +15,7 @@ from jaxjd.base import (
     JacobianWeighting,
     PyTree,
     Weighting,
+    check_weighting,
     weight_dtype,
 )
 from jaxjd.checks import check_state, check_static_int, type_name
@@ -52,11 +53,7 @@ def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregato
       >>> print(jnp.round(state[0].weights, 4))
       [1.1111 0.7895]
     """
-    if not isinstance(weighting, Weighting):
-        raise ValueError(
-            "`weighting` must be a jaxjd.Weighting (a factory has to be called first), got "
-            f"{type(weighting).__name__}."
-        )
+    check_weighting(weighting)
     if num_tasks is None:
         _check_stateless(weighting)
     else:

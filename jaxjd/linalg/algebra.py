@@ -73,11 +73,30 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
         if leaf.shape[0] != first[1]:
             raise ValueError(
                 f"Jacobian leaf '{name}': expected a task axis of size {first[1]} as in leaf "
-                f"'{first[0]}', found shape {leaf.shape}. Is it a gradient without a task axis?"
+                f"'{first[0]}', found shape {leaf.shape}. {_why_sizes_differ(leaves, params)}"
             )
     if params is not None:
         _check_against_params(leaves, jacobian, params)
     return None if first is None else first[1]
+
+
+def _why_sizes_differ(leaves: Sequence[tuple[Any, Any]], params: PyTree | None) -> str:
+    if params is not None:
+        wanted = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+        found = [getattr(leaf, "shape", None) for _, leaf in leaves]
+        if found == wanted:
+            return (
+                "All leaves have the shapes of the parameters: this is a gradient without a task "
+                "axis, as `jax.grad` returns it; `jaxjd.value_and_jacobian` returns a Jacobian."
+            )
+        copies = len(found) // max(len(wanted), 1)
+        if copies > 1 and found == wanted * copies:
+            return (
+                f"There are {copies} gradients without a task axis, as `jax.jacrev` returns them "
+                "for a list or dict of losses: `jaxjd.stack_tasks` joins them, and "
+                "`jaxjd.value_and_jacobian` returns them joined."
+            )
+    return "Is it a gradient without a task axis?"
 
 
 def _check_against_params(

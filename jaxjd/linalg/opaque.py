@@ -13,6 +13,11 @@ import jax.numpy as jnp
 
 from jaxjd.checks import type_name
 
+_IN_A_CHAIN = (
+    "Where a link of an optax chain does this, the aggregator is missing or comes after that link: "
+    "put it first, or `jaxjd.per_task` around the link."
+)
+
 
 class _Opaque(type):
     # JAX names the class, not the object, when a function returns something that is no array.
@@ -50,10 +55,10 @@ class OpaqueLeaf(metaclass=_Opaque):
         return f"<{type_name(self)}, {self.WAY_OUT}>"
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"No arithmetic on {self!r}.")
+        raise TypeError(f"No arithmetic on {self!r}. {_IN_A_CHAIN}")
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"No attribute {name!r} of {self!r}.")
+        raise AttributeError(f"No attribute {name!r} of {self!r}. {_IN_A_CHAIN}")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _refuse

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
+from jaxjd.base import PyTree, Weighting, check_weighting, require_num_tasks, weight_dtype
 from jaxjd.checks import check_range, check_state, is_real, type_name
 
 
@@ -77,11 +77,7 @@ def cr_mogm(
       >>> weighting = jaxjd.weightings.cr_mogm(jaxjd.weightings.mean(), alpha)
       >>> aggregator = jaxjd.weighted(weighting, num_tasks=2)
     """
-    if not isinstance(weighting, Weighting):
-        raise ValueError(
-            "`weighting` must be a jaxjd.Weighting (a factory has to be called first), got "
-            f"{type(weighting).__name__}."
-        )
+    check_weighting(weighting)
     if not callable(alpha):
         check_range("alpha", alpha, at_least=0, at_most=1)
     if initial_weights is not None:
