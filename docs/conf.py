@@ -5,7 +5,6 @@ import inspect
 import os
 import pathlib
 import pkgutil
-import runpy
 import shutil
 
 from docutils import nodes
@@ -23,9 +22,6 @@ release = importlib.metadata.version("jaxjd")
 
 # The notebooks live at the top of the repository; the documentation builds a copy of them.
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
-
-# The pictures of the pages are drawn anew, into docs/figures/generated.
-runpy.run_path(str(HERE / "figures" / "draw.py"))["draw_all"]()
 
 extensions = [
     "myst_nb",

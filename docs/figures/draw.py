@@ -2,16 +2,14 @@
 
 From the root of the repository::
 
-    python docs/figures/draw.py            # docs/figures/generated/*.svg, as docs/conf.py does
-    python docs/figures/draw.py --readme   # docs/figures/readme.png
+    python docs/figures/draw.py    # docs/figures/*.svg and readme.png
 
-Needs the extra `plot`. The first are not committed; the picture of README.md is, because a README
-is shown where nothing is built.
+Needs the extra `plot`. The pictures are committed, because README.md and the pages are also read
+where nothing is built.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -275,16 +273,15 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
+    "readme.png": Picture((8.4, 2.9), 2, draw_readme),
     "cone.svg": Picture((8.0, 2.4), 2, draw_cone),
     "cosines.svg": Picture((9.6, 2.5), 4, draw_cosines),
     "paths.svg": Picture((8.0, 3.3), 2, draw_paths),
 }
-README = Picture((8.4, 2.9), 2, draw_readme)
 
 
 def save(picture: Picture, path: Path) -> None:
     """Draws a picture into a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         figure = Figure(figsize=picture.size, layout="constrained")
         picture.draw(np.ravel(figure.subplots(1, picture.columns)))
@@ -299,16 +296,11 @@ def save(picture: Picture, path: Path) -> None:
         image.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def draw_all(folder: Path = HERE / "generated") -> None:
-    """Draws the pictures of docs/concepts.md."""
+def draw_all(folder: Path = HERE) -> None:
+    """Draws all pictures."""
     for name, picture in PICTURES.items():
         save(picture, folder / name)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", action="store_true", help="README's picture, not the others")
-    if parser.parse_args().readme:
-        save(README, HERE / "readme.png")
-    else:
-        draw_all()
+    draw_all()
