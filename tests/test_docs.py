@@ -42,6 +42,20 @@ def section(page: str, head: str) -> str:
     return re.split(r"^#+ ", page.split(f"# {head}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
+FOLDERS = [DOCS, DOCS / "api", DOCS / "methods", DOCS / "scalarizers"]
+PAGES = [path for folder in FOLDERS for path in sorted(folder.glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+def test_pages_can_be_read_where_nothing_is_built(path):
+    """GitHub shows neither a link without a text nor a directive, and only committed pictures."""
+    page = path.read_text()
+    assert "[](" not in page
+    assert "```{figure}" not in page
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page):
+        assert (path.parent / picture).exists(), picture
+
+
 @pytest.fixture(scope="module")
 def from_torchjd():
     return (DOCS / "from-torchjd.md").read_text()
