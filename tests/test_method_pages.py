@@ -86,6 +86,22 @@ def test_the_tables_lead_to_the_pages():
     assert links == {(name, path.stem) for name, path in SCALARIZER_PAGES.items()}
 
 
+def test_the_calls_in_the_tables_are_all_that_is_needed():
+    text = (DOCS / "methods.md").read_text()
+    calls = dict(re.findall(r"^\| \[`(\w+)`\][^|]+\| `(.+?)` \|", text, re.MULTILINE))
+    assert set(calls) == set(METHODS)
+    for name, call in calls.items():
+        known = {name: METHODS[name], "weighting": weightings.pcgrad(), "m": M}
+        if name in functions(jaxjd):
+            made = eval(call, known | {name: getattr(jaxjd, name)})
+            made.init(example_params())
+        else:
+            eval(call, known).init(M)
+        if "num_tasks" in call:
+            with pytest.raises(ValueError, match="num_tasks"):
+                getattr(jaxjd, name)()
+
+
 @pytest.mark.parametrize(
     "path",
     sorted({*PAGES.values(), *SCALARIZER_PAGES.values()}),
