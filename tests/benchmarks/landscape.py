@@ -233,13 +233,13 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def measure_perturbed(name: str, seed: int) -> dict[str, Any]:
-    """Runs one method from 1,000 starts around the five."""
+def measure_perturbed(name: str, seed: int, count: int = PERTURBED) -> dict[str, Any]:
+    """Runs one method from many starts around the five."""
     program = METHODS[name]()
     key = jax.random.key(seed)
-    noise = jax.random.normal(jax.random.fold_in(key, 1), (PERTURBED, 2))
-    starts = jnp.repeat(jnp.asarray(STARTS), PERTURBED // len(STARTS), 0) + SPREAD * noise
-    keys = jax.random.split(jax.random.fold_in(key, 2), PERTURBED)
+    noise = jax.random.normal(jax.random.fold_in(key, 1), (count, 2))
+    starts = jnp.repeat(jnp.asarray(STARTS), count // len(STARTS), 0) + SPREAD * noise
+    keys = jax.random.split(jax.random.fold_in(key, 2), count)
 
     def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         return simulate(program, *jax.tree.map(lambda leaf: leaf[None], pair))[2][0]
@@ -250,6 +250,7 @@ def measure_perturbed(name: str, seed: int) -> dict[str, Any]:
     steps = np.where(close.any(1), (close.argmax(1) + 1.0) * EVERY, np.inf)
     median = float(np.median(steps))
     return {
+        "perturbed": count,
         "share": float(close[:, -1].mean()),
         "share_by_start": close[:, -1].reshape(len(STARTS), -1).mean(1).tolist(),
         "median_steps": median if np.isfinite(median) else None,
@@ -268,7 +269,8 @@ def table(result: dict[str, Any]) -> str:
         published = PUBLISHED_SECONDS.get(name)
         lines.append(
             f"| {name} | {sum(row['reached'])} of {len(row['reached'])} "
-            f"| {PUBLISHED_REACHED.get(name, '')} | {100 * row['share']:.1f} % "
+            f"| {PUBLISHED_REACHED.get(name, '')} | {100 * row['share']:.1f} % of "
+            f"{row.get('perturbed', PERTURBED):,} "
             f"| {'' if steps is None else f'{steps:,.0f}'} | {row['seconds_one']:.3f} s "
             f"| {row['seconds_five']:.3f} s | {'' if published is None else f'{published} s'} |"
         )
@@ -312,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", choices=["all", "starts", "perturbed"], default="all")
+    parser.add_argument("--perturbed", type=int, default=PERTURBED, help="how many of them")
     parser.add_argument("--json", type=Path, help="results; those of other methods and parts stay")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args(arguments)
@@ -323,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.part in ("all", "starts"):
             row.update(measure(name, options.seed))
         if options.part in ("all", "perturbed"):
-            row.update(measure_perturbed(name, options.seed))
+            row.update(measure_perturbed(name, options.seed, options.perturbed))
         print({key: value for key, value in row.items() if key != "path"}, flush=True)
         result = {
             "machine": platform.machine(),
