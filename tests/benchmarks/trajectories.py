@@ -46,7 +46,7 @@ _CENTRES = np.array([[1.0, 0.0], [-1.0, 0.0]])
 
 
 def _quadratic_forms(x: jax.Array) -> jax.Array:
-    offsets = x - jnp.asarray(_CENTRES, x.dtype)
+    offsets = x[None] - jnp.asarray(_CENTRES, x.dtype)
     return jnp.einsum("ti,tij,tj->t", offsets, jnp.asarray(_FORMS, x.dtype), offsets)
 
 
