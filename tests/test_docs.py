@@ -16,9 +16,9 @@ import pytest
 import jaxjd
 from tests import registry
 from tests.benchmarks import conflict
-from tests.goldens.differences import BEGIN, DIFFERENCES, END
+from tests.goldens.differences import DIFFERENCES
+from tests.pages import DOCS, table_in
 
-DOCS = pathlib.Path(jaxjd.__file__).parents[1] / "docs"
 TORCHJD = json.loads((pathlib.Path(__file__).parent / "torchjd_names.json").read_text())
 MODULES = [module for module in TORCHJD if module != "version"]
 # What says nothing by its name, because it is a part of how the counterpart is used.
@@ -136,8 +136,7 @@ def test_every_method_of_ours_that_torchjd_lacks_is_named(from_torchjd):
 
 
 def test_our_column_of_the_differences_is_what_is_computed(from_torchjd):
-    table = from_torchjd.split(BEGIN)[1].split(END)[0]
-    rows = rows_of(table)
+    rows = rows_of(table_in(from_torchjd, "differences"))
     assert [(row[0], row[1], row[4]) for row in rows] == [
         (one.method, one.question, one.reason) for one in DIFFERENCES
     ]
@@ -216,8 +215,7 @@ def test_the_rows_give_the_size_of_the_state(methods):
 
 
 def test_the_table_of_conflicts_is_what_is_computed():
-    page = (DOCS / "choosing.md").read_text()
-    rows = rows_of(page.split(conflict.BEGIN)[1].split(conflict.END)[0])
+    rows = rows_of(table_in((DOCS / "choosing.md").read_text(), "conflicts"))
     assert [code_of(row[0])[0] for row in rows] == list(conflict.METHODS)
     shown = {code_of(row[0])[0]: [float(cell.strip(" %")) for cell in row[1:]] for row in rows}
     # A last digit, and one draw of a thousand that rounding decides.

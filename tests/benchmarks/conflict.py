@@ -16,7 +16,6 @@ with a task in one step may still be the better one in the end.
 from __future__ import annotations
 
 import argparse
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -24,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxjd
+from tests.pages import DOCS, write_table
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "choosing.md"
-BEGIN, END = "<!-- begin conflicts -->", "<!-- end conflicts -->"
 DRAWS, TASKS, SIZE = 1000, 4, 8
 # A cosine below this is no rounding error.
 CONFLICT = -1e-4
@@ -105,9 +103,7 @@ def main() -> None:
     lines = table()
     print("\n".join(lines))
     if arguments.write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        _, after = rest.split(END)
-        PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+        write_table(DOCS / "choosing.md", "conflicts", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ import optax
 from jax import lax
 
 import jaxjd
+from tests.benchmarks.files import read_json, save, write_json
 
 IMAGES, BATCH, EPOCHS = 1024, 32, 8
 SEEDS = 3
@@ -308,8 +308,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
     axes[0].set(xlabel="steps", ylabel="training loss, mean of an epoch")
     axes[1].set(xlabel="seconds")
     axes[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=90)
+    save(canvas, path, dpi=90)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -320,26 +319,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="results; those of other methods and parts stay")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args(arguments)
-    result: dict[str, Any] = {"rows": []}
-    if options.json and options.json.exists():
-        result = json.loads(options.json.read_text())
+    result: dict[str, Any] = read_json(options.json, {"rows": []})
     result |= {"machine": platform.machine(), "jax": jax.__version__}
     rows = {row["method"]: row for row in result["rows"]}
     data = load()
 
-    def save() -> None:
+    def keep() -> None:
         result["rows"] = [rows[name] for name in METHODS if name in rows]
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result) + "\n")
+        write_json(options.json, result)
 
     if options.part in ("all", "search"):
         for method in options.methods:
             rows[method] = search(method, data, lambda line: print(line, flush=True))
-            save()
+            keep()
     if options.part in ("all", "time"):
         result["seconds_per_step"] = seconds_per_step(data, options.methods)
-        save()
+        keep()
     print(table(result))
     if options.figure:
         figure(result, options.figure)

@@ -18,7 +18,6 @@ could be lower at the same time; it is zero on the front. A run has reached it b
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from jax import lax
 
 import jaxjd
 from jaxjd import scalarizers
+from tests.benchmarks.files import read_json, save, write_json
 
 SCALE = 0.1
 STARTS = np.array([[-8.5, 7.5], [0.0, 0.0], [9.0, 9.0], [-7.5, -0.5], [9.0, -1.0]], np.float32)
@@ -311,8 +311,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         axis.set(xticks=[], yticks=[], xlim=(-11, 11), ylim=(-11, 11))
     for axis in axes[len(rows) :]:
         axis.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=80)
+    save(canvas, path, dpi=80)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -325,9 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="results; those of other methods and parts stay")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args(arguments)
-    rows: dict[str, dict[str, Any]] = {}
-    if options.json and options.json.exists():
-        rows = {row["method"]: row for row in json.loads(options.json.read_text())["rows"]}
+    earlier = read_json(options.json, {"rows": []})
+    rows: dict[str, dict[str, Any]] = {row["method"]: row for row in earlier["rows"]}
     for name in options.methods:
         row = rows.setdefault(name, {"method": name})
         if options.part in ("all", "starts"):
@@ -341,9 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
             "steps": STEPS,
             "rows": [rows[name] for name in METHODS if name in rows],
         }
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result) + "\n")
+        write_json(options.json, result)
     if not all({"share", "path"} <= set(row) for row in result["rows"]):
         return  # A part is still to be measured.
     print(table(result))

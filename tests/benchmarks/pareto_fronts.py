@@ -13,7 +13,6 @@ front on the same rays.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import optax
 from jax import lax
 
 import jaxjd
+from tests.benchmarks.files import read_json, write_json
 
 REFERENCE = jnp.array([1.1, 1.1])
 STEPS = 1500
@@ -290,17 +290,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--losses", type=int, choices=[2, 3], help="only problems of so many")
     parser.add_argument("--json", type=Path, help="results; those of other problems stay")
     options = parser.parse_args(arguments)
-    result: dict[str, Any] = {}
-    if options.json and options.json.exists():
-        result = json.loads(options.json.read_text())
+    result: dict[str, Any] = read_json(options.json, {})
     families = {2: PROBLEMS, 3: THREE_LOSSES}
     for problems in [families[options.losses]] if options.losses else families.values():
         for name, problem in problems.items():
             result[name] = measure(problem)
         print(table(result, problems), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result) + "\n")
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import iwrm, landscape, pareto_fronts, trajectories
+from tests.pages import DOCS, with_table
 
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     DOCS / "published-problems.md": ("landscape", "trajectories", "three losses", "iwrm"),
     DOCS / "pareto-fronts.md": ("two losses",),
@@ -40,9 +40,7 @@ def filled(page: Path) -> str:
     """The text of a page with every table between its marks."""
     text = page.read_text()
     for name in PAGES[page]:
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table(name)}\n{end}{rest.split(end)[1]}"
+        text = with_table(text, name, table(name))
     return text
 
 

@@ -17,7 +17,6 @@ Pareto front; where the front is a single point, by less than 0.2 % of the losse
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ import optax
 from jax import lax
 
 import jaxjd
+from tests.benchmarks.files import save, write_json
 
 ARRIVED = 0.002
 _ANGLE = np.pi / 16
@@ -141,12 +141,9 @@ def gap(points: np.ndarray, problem: Problem) -> np.ndarray:
     return np.maximum(((losses[..., None, :] - front) / span).min(-1).max(-1), 0)
 
 
-def descend(
-    name: str, problem: Problem, seed: int = 0, learning_rate: float | None = None
-) -> np.ndarray:
+def descend(name: str, problem: Problem) -> np.ndarray:
     """All points from all starts, shape ``(starts, steps + 1, 2)``."""
-    rate = problem.learning_rate if learning_rate is None else learning_rate
-    rate *= LEARNING_RATES.get(name, 1.0)
+    rate = problem.learning_rate * LEARNING_RATES.get(name, 1.0)
     engine = jaxjd.value_and_jacobian(problem.losses_fn)
 
     def run(start: jax.Array, key: jax.Array) -> jax.Array:
@@ -154,15 +151,14 @@ def descend(
 
         def step(carry: Any, _: None) -> Any:
             x, state = carry
-            losses, jacobian = engine(x)
-            updates, state = tx.update(jacobian, state, x, losses=losses)
+            updates, state = tx.update(engine(x)[1], state, x)
             x = optax.apply_updates(x, updates)
             return (x, state), x
 
         _, path = lax.scan(step, (start, tx.init(start)), length=problem.steps)
         return jnp.concatenate([start[None], path])
 
-    keys = jax.random.split(jax.random.key(seed), len(problem.starts))
+    keys = jax.random.split(jax.random.key(0), len(problem.starts))
     return np.asarray(jax.jit(jax.vmap(run))(jnp.asarray(problem.starts), keys))
 
 
@@ -227,8 +223,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
                 axis.set_title(row["method"], fontsize=8)
             else:
                 axis.set(xlim=(-1.3, 1.3), ylim=(-0.4, 7.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=75)
+    save(canvas, path, dpi=75)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -240,9 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     result = {"jax": jax.__version__, "rows": [measure(name) for name in options.methods]}
     print(table(result))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result) + "\n")
+    write_json(options.json, result)
     if options.figure:
         figure(result, options.figure)
 

@@ -7,7 +7,6 @@ tests/test_docs.py computes our column again, which needs neither PyTorch nor To
 
 from __future__ import annotations
 
-import pathlib
 import re
 import sys
 import warnings
@@ -20,9 +19,9 @@ import numpy as np
 
 import jaxjd
 from jaxjd import weightings
+from tests.pages import DOCS, write_table
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "from-torchjd.md"
-BEGIN, END = "<!-- begin differences -->", "<!-- end differences -->"
+PAGE = DOCS / "from-torchjd.md"
 
 SMALL = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], np.float32)
 
@@ -242,9 +241,7 @@ def main() -> None:
     lines = table()
     print("\n".join(lines))
     if "--write" in sys.argv:
-        before, rest = PAGE.read_text().split(BEGIN)
-        _, after = rest.split(END)
-        PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+        write_table(PAGE, "differences", "\n".join(lines))
 
 
 if __name__ == "__main__":

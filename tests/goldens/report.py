@@ -5,16 +5,13 @@ Run ``python -m tests.goldens.report`` from the root of the repository.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 import numpy as np
 
 from tests.goldens import compare
 from tests.goldens.methods import GOLDENS, HOPELESS, TOLERANCE, Golden
-
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "parity.md"
-BEGIN, END = "<!-- begin table -->", "<!-- end table -->"
+from tests.pages import DOCS, write_table
 
 EXACT = {
     "upgrad": "exact projections",
@@ -87,10 +84,7 @@ def main() -> None:
     lines = table()
     print("\n".join(lines))
     if "--write" in sys.argv:
-        text = PAGE.read_text()
-        before, rest = text.split(BEGIN)
-        _, after = rest.split(END)
-        PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+        write_table(DOCS / "parity.md", "table", "\n".join(lines))
 
 
 if __name__ == "__main__":
