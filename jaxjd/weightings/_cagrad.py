@@ -134,15 +134,21 @@ def _search(
     highest = jnp.where(any_zero, jnp.minimum(highest, 0), highest)
 
     def unfinished(carry: tuple) -> jax.Array:
-        count, _, _, _, _, done = carry
+        count, *_, done = carry
         return ~done & (count < _MAX_STEPS)
 
     def newton(carry: tuple) -> tuple:
-        count, mu, low, high, x, _ = carry
+        count, mu, low, high, x, last_mu, last_distance, _ = carry
         x = closest(mu, x)
-        distance = jnp.sqrt(sum(squares_of(x)))
+        square, unseen = squares_of(x)
+        distance = jnp.sqrt(square + unseen)
         slope = slope_of(x, distance)
         excess = distance - radius
+        # The slope does not know of what is counted in addition. Where that is much of the
+        # distance, the secant does; from above it never steps beyond a root of a convex function.
+        vague = unseen > 1e-2 * square
+        secant = (last_distance - distance) / jnp.where(last_mu > mu, last_mu - mu, 1)
+        slope = jnp.where(vague & (last_mu > mu), jnp.minimum(slope, secant), slope)
         low = jnp.where(excess <= 0, mu, low)
         high = jnp.where(excess > 0, mu, high)
         proposal = mu - excess / jnp.where(slope > 0, slope, 1)
@@ -151,12 +157,16 @@ def _search(
         close = jnp.abs(excess) <= 4 * eps * radius
         capped = (excess <= 0) & (mu >= high)
         stuck = high - low <= 2 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-        done = close | capped | stuck | ~jnp.isfinite(distance)
+        # Then the solution is at zero (see below), and need not be approached any closer.
+        zero = vague & (mu > 0) & (jnp.abs(excess) <= 0.1 * radius)
+        done = close | capped | stuck | zero | ~jnp.isfinite(distance)
         proposal = jnp.where(done, mu, proposal).astype(dtype)
-        return count + 1, proposal, low, high, x, done
+        return count + 1, proposal, low, high, x, mu, distance, done
 
-    start = (0, highest, lowest, highest, jnp.zeros_like(improvement), ~jnp.isfinite(highest))
-    _, mu, _, _, x, _ = lax.while_loop(unfinished, newton, start)
+    unbounded = jnp.full_like(highest, -jnp.inf)
+    start = (0, highest, lowest, highest, jnp.zeros_like(improvement), unbounded, unbounded)
+    start = (*start, ~jnp.isfinite(highest))
+    _, mu, _, _, x, *_ = lax.while_loop(unfinished, newton, start)
 
     # What was counted in addition is taken out by one step more. Where it is most of the distance,
     # no mu > 0 is feasible: the hull of the rows holds zero, and the largest one is 0.
