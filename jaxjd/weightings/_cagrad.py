@@ -121,6 +121,9 @@ def _search(
         # Beyond the largest feasible mu, x runs off along a null direction of C: count it too.
         return jnp.maximum(matmul(x, matmul(cosines, x)), 0), 8 * eps * matmul(x, x)
 
+    def is_vague(square: jax.Array, unseen: jax.Array) -> jax.Array:
+        return unseen > 1e-2 * square
+
     def slope_of(x: jax.Array, distance: jax.Array) -> jax.Array:
         return matmul(x, inverse_lengths) / jnp.where(distance > 0, distance, 1)
 
@@ -146,7 +149,7 @@ def _search(
         excess = distance - radius
         # The slope does not know of what is counted in addition. Where that is much of the
         # distance, the secant does; from above it never steps beyond a root of a convex function.
-        vague = unseen > 1e-2 * square
+        vague = is_vague(square, unseen)
         secant = (last_distance - distance) / jnp.where(last_mu > mu, last_mu - mu, 1)
         slope = jnp.where(vague & (last_mu > mu), jnp.minimum(slope, secant), slope)
         low = jnp.where(excess <= 0, mu, low)
@@ -163,15 +166,16 @@ def _search(
         proposal = jnp.where(done, mu, proposal).astype(dtype)
         return count + 1, proposal, low, high, x, mu, distance, done
 
-    unbounded = jnp.full_like(highest, -jnp.inf)
-    start = (0, highest, lowest, highest, jnp.zeros_like(improvement), unbounded, unbounded)
-    start = (*start, ~jnp.isfinite(highest))
+    nothing = jnp.zeros_like(improvement)
+    none_yet = jnp.full_like(highest, -jnp.inf)
+    infinite = ~jnp.isfinite(highest)
+    start = (0, highest, lowest, highest, nothing, none_yet, none_yet, infinite)
     _, mu, _, _, x, *_ = lax.while_loop(unfinished, newton, start)
 
     # What was counted in addition is taken out by one step more. Where it is most of the distance,
     # no mu > 0 is feasible: the hull of the rows holds zero, and the largest one is 0.
     square, unseen = squares_of(x)
-    stationary = (mu > 0) & (unseen > 1e-2 * square)
+    stationary = (mu > 0) & is_vague(square, unseen)
     distance = jnp.sqrt(square)
     slope = slope_of(x, distance)
     step = (radius - distance) / jnp.where(slope > 0, slope, 1)

@@ -33,6 +33,7 @@ from jax import lax
 import jaxjd
 from jaxjd import scalarizers
 from tests.benchmarks.files import read_json, save, write_json
+from tests.benchmarks.pareto_fronts import behind
 
 SCALE = 0.1
 STARTS = np.array([[-8.5, 7.5], [0.0, 0.0], [9.0, 9.0], [-7.5, -0.5], [9.0, -1.0]], np.float32)
@@ -93,11 +94,7 @@ FRONT = front()
 
 def distance(losses: jax.Array) -> jax.Array:
     """The share of the front's range by which both losses could be lower, shape ``()``."""
-    span = FRONT.max(0) - FRONT.min(0)
-    gains = (losses[None] - jnp.asarray(FRONT, losses.dtype)) / jnp.asarray(
-        span[None], losses.dtype
-    )
-    return jnp.max(jnp.min(gains, axis=1))
+    return behind(losses, FRONT)
 
 
 class Program(NamedTuple):

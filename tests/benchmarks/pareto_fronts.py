@@ -238,6 +238,17 @@ def share(problem: Problem, losses: jax.Array) -> float:
     return float(jaxjd.diagnostics.hypervolume(losses, REFERENCE)) / problem.hypervolume
 
 
+def behind(losses: Any, front: np.ndarray) -> Any:
+    """The share of the front's range by which all losses could be lower, negative beyond it.
+
+    `losses` is ``(..., m)``, of NumPy or JAX, `front` is ``(points, m)``.
+    """
+    span = (front.max(0) - front.min(0)).astype(losses.dtype)
+    lead = (None,) * losses.ndim
+    gains = (losses[..., None, :] - front.astype(losses.dtype)[lead[1:]]) / span[lead]
+    return gains.min(-1).max(-1)
+
+
 def volume(losses: np.ndarray, reference: float = 1.1) -> float:
     """The hypervolume of three losses: slices along the third, each an area."""
     losses = losses[np.argsort(losses[:, 2])]

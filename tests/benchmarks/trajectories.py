@@ -29,6 +29,7 @@ from jax import lax
 
 import jaxjd
 from tests.benchmarks.files import save, write_json
+from tests.benchmarks.pareto_fronts import behind
 
 ARRIVED = 0.002
 _ANGLE = np.pi / 16
@@ -135,10 +136,9 @@ def gap(points: np.ndarray, problem: Problem) -> np.ndarray:
     values = lambda x: np.asarray(jax.vmap(problem.losses_fn)(jnp.asarray(x, jnp.float32)), float)
     losses = values(points.reshape(-1, 2)).reshape(points.shape)
     front = values(problem.pareto_set)
-    span = front.max(0) - front.min(0)
     if len(front) == 1:  # No loss is negative: what both have lost is what the larger has.
         return (losses / losses[:, :1].max(-1, keepdims=True)).max(-1)
-    return np.maximum(((losses[..., None, :] - front) / span).min(-1).max(-1), 0)
+    return np.maximum(behind(losses, front), 0)
 
 
 def descend(name: str, problem: Problem) -> np.ndarray:
