@@ -132,6 +132,55 @@ def test_shifted_sums_are_depthwise_convolutions():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.fixture
+def search_with(monkeypatch):
+    """Searches with ``run(seed, data, batches, rate) -> (seed, losses)`` in place of training."""
+
+    def search(run):
+        monkeypatch.setattr(iwrm, "make_run", lambda method: run)
+        monkeypatch.setattr(iwrm, "init", lambda key: int(jax.random.key_data(key)[-1]))
+        batches = np.zeros((256, iwrm.BATCH), int)
+        monkeypatch.setattr(iwrm, "split", lambda data, seed: (data, data, batches))
+        monkeypatch.setattr(iwrm, "evaluate", lambda params, data: (0.1, 0.9))
+        return iwrm.search("upgrad", (np.zeros(0), np.zeros(0)), lambda line: None)
+
+    return search
+
+
+def test_the_search_finds_the_best_rate_that_diverges_with_no_seed(search_with):
+    """Losses are best at the coarse rate 0.1; one seed diverges just above, and another below."""
+    calls = []
+
+    def run(seed, data, batches, rate):
+        calls.append(seed)
+        off = float(jnp.log10(rate)) + 1
+        diverges = (seed == 1 and off > 0.03) or (seed == 2 and off < -0.02)
+        loss = np.nan if diverges or off > 1 else 0.5 + abs(off - 0.01 * seed)
+        return seed, np.full(len(batches), loss)
+
+    found = search_with(run)
+    assert found["coarse"]["best"] == pytest.approx(0.1)
+    assert np.log10(found["learning_rate"]) == pytest.approx(-1 + 0.01, abs=0.014)
+    compared = np.log10([row["rate"] for row in found["closer"]]) + 1
+    assert 1 < len(compared) < iwrm.FINALISTS
+    assert compared.min() > -0.02 - 1e-6
+    assert compared.max() < 0.03 + 1e-6
+    assert [len(row["curve"]) for row in found["seeds"]] == [256] * iwrm.SEEDS
+    # Without giving up, all runs take their eight epochs.
+    everything = len(iwrm.COARSE) + len(iwrm.CLOSER) + (iwrm.SEEDS - 1) * iwrm.FINALISTS
+    assert len(calls) < 0.9 * iwrm.EPOCHS * everything
+
+
+def test_the_search_goes_on_where_the_best_rates_diverge_with_another_seed(search_with):
+    def run(seed, data, batches, rate):
+        off = float(jnp.log10(rate)) + 1
+        diverges = seed and abs(off) < 0.08  # More than ten of the fifty.
+        return seed, np.full(len(batches), np.nan if diverges else 0.5 + abs(off))
+
+    found = search_with(run)
+    assert 0.08 <= abs(np.log10(found["learning_rate"]) + 1) < 0.1
+
+
 def test_seeds_choose_images_and_batches():
     data = (np.arange(5000.0)[:, None], np.arange(5000))
     train, test, batches = iwrm.split(data, 0)
