@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxjd.autodiff import _parts as parts
 from jaxjd.autodiff._forms import Choice, check_form, choose
+from jaxjd.autodiff._owners import inline, variables
 from jaxjd.autodiff._taps import Plan, Taps, evaluate, find, prune
 from jaxjd.autodiff._tasks import (
     batch_size,
@@ -154,8 +156,8 @@ def plan_jacobian(
     traced = trace(fn, (params, *args), has_aux)
     num_params = len(jax.tree.leaves(params))
     m = traced.num_tasks if size is None else size
-    parts = split(traced, num_params, m, form, per_task=per_example)
-    return parts.choices, parts.taps.sites, m
+    parts_ = split(traced, num_params, m, form, per_task=per_example)
+    return parts_.choices, parts_.taps.sites, m
 
 
 def tapped_jacobian(
@@ -169,9 +171,17 @@ def tapped_jacobian(
     traced = trace(losses_of, args, has_aux)
     leaves, treedef = jax.tree.flatten(args)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    parts = split(traced, len(leaves), traced.num_tasks, form)
-    losses, pull_back, aux, inputs = parts.vjp(leaves)
+    program, consts = inline(traced.jaxpr)
+    if set(variables(program.outvars[: traced.num_losses])).isdisjoint(program.invars):
+        outputs, jacobian = parts.jacobian(
+            program, consts, leaves, (), traced.num_losses, chunk_size, form
+        )
+        losses, aux = traced.split(outputs)
+        losses, aux = jax.tree.unflatten(traced.outputs, [*losses, *aux])
+        return losses, aux, jax.tree.unflatten(treedef, jacobian)
+    whole = split(traced, len(leaves), traced.num_tasks, form)
+    losses, pull_back, aux, inputs = whole.vjp(leaves)
     dense, cotangents = map_in_chunks(pull_back, task_basis(losses), chunk_size)
-    jacobian = parts.jacobian(dense, inputs, cotangents)
+    jacobian = whole.jacobian(dense, inputs, cotangents)
     losses, aux = jax.tree.unflatten(traced.outputs, [*losses, *aux])
     return losses, aux, jax.tree.unflatten(treedef, jacobian)

@@ -41,6 +41,10 @@ class OpaqueLeaf(metaclass=_Opaque):
         self.shape = shape
         self.dtype = jnp.dtype(dtype)
 
+    def materialize(self) -> Any:
+        """The dense leaf, shape ``(m, *param.shape)``."""
+        raise NotImplementedError
+
     @property
     def ndim(self) -> int:
         """The number of axes, the task axis included."""
