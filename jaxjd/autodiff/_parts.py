@@ -107,15 +107,13 @@ class Cut(NamedTuple):
     Attributes:
       program: The whole.
       parts: In the order in which they run.
-      before: The equations that depend on no parameter.
-      after: The equations that no loss depends on.
+      before: The equations that come before all parts: views, and what depends on no parameter.
       owners: The owners of variables.
     """
 
     program: Program
     parts: list[Part]
     before: list[Any]
-    after: list[Any]
     owners: dict[Any, Owners]
 
 
@@ -142,27 +140,35 @@ def cut(
     # A view of a parameter belongs to whichever part needs it: there it can be undone.
     params = set(program.invars[:num_params])
     views: dict[Any, Any] = {}
-    own: list[int] = []
-    shared: dict[Tasks, list[int]] = {}
-    before, after = [], []
-    for number, equation in enumerate(program.eqns):
-        operands = [var for var in variables(equation.invars) if var in wanted]
-        first = operands[0] if operands else None
-        (result, *_) = equation.outvars
-        if is_view(equation) and result not in roots and (first in params or first in views):
+    for equation in program.eqns:
+        first, result = variables([*equation.invars, *equation.outvars])[:1], equation.outvars[0]
+        is_of_param = bool(first) and (first[0] in params or first[0] in views)
+        if is_of_param and is_view(equation) and result not in roots:
             views[result] = equation
+    shared = {owners.all for owners in equations.values() if not owners.are_apart}
+    order = [*sorted(shared, key=lambda tasks: (-len(tasks), tasks)), ()]
+    ranks = {tasks: rank for rank, tasks in enumerate(order)}
+    numbers: list[list[int]] = [[] for _ in order]
+    before = []
+    homes: dict[Any, int] = {}
+    for number, equation in enumerate(program.eqns):
+        reached = equations.get(number)
+        if equation.outvars[0] in views:
+            rank = -1
+        elif reached is not None and reached.all:
+            rank = ranks[() if reached.are_apart else reached.all]
+        else:  # No gradient passes: it runs with what it reads.
+            rank = max([homes.get(var, -1) for var in variables(equation.invars)], default=-1)
+        homes.update(dict.fromkeys(equation.outvars, rank))
+        if rank < 0:
             before.append(equation)
-        elif number in equations and equations[number].all:
-            tasks = equations[number]
-            (own if tasks.are_apart else shared.setdefault(tasks.all, [])).append(number)
         else:
-            (after if operands else before).append(equation)
+            numbers[rank].append(number)
     builder = _Builder(program, wanted, params, views, owners, equations)
-    order = sorted(shared, key=lambda tasks: (-len(tasks), tasks))
-    parts = [builder.build(shared[tasks], tasks) for tasks in order]
-    if own:
-        parts.append(builder.build(own, ()))
-    return Cut(program, parts, before, after, owners)
+    parts = [
+        builder.build(own, tasks) for own, tasks in zip(numbers, order, strict=True) if own
+    ]
+    return Cut(program, parts, before, owners)
 
 
 def _numbered(atoms: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, Tasks]]:
@@ -192,6 +198,9 @@ class _Builder(NamedTuple):
             (var,) = variables(chain[-1].invars)
         return var, tuple(reversed(chain))
 
+    def _reaches(self, var: Any) -> bool:
+        return var in self.owners and bool(self.owners[var].all)
+
     def build(self, numbers: Sequence[int], tasks: Tasks) -> Part:
         inside = {var for number in numbers for var in self.program.eqns[number].outvars}
         copies: dict[tuple[Any, int | None], Variable] = {}
@@ -213,13 +222,13 @@ class _Builder(NamedTuple):
 
         for number in numbers:
             equation = self.program.eqns[number]
-            owners = self.equations[number]
+            owners = self.equations.get(number, Owners(()))
             operands, shares = [], []
             for place, var in enumerate(equation.invars):
                 if isinstance(var, jex.Literal) or var in inside:
                     operands.append(var)
                     continue
-                if var not in self.wanted or not (var in self.owners and self.owners[var].all):
+                if not owners.all or var not in self.wanted or not self._reaches(var):
                     others[var] = None
                     operands.append(var)
                     continue
@@ -287,7 +296,21 @@ class _Run(NamedTuple):
     inputs: dict[Any, Any]
 
 
-def _run(part: Part, values: dict[Any, Any], results: set[Any], form: str) -> _Run:
+def _value(var: Any, values: dict[Any, Any], made: Mapping[Any, Any]) -> Any:
+    """A value; computed on its own if the part that makes it has not run yet."""
+    if isinstance(var, jex.Literal):
+        return var.val
+    if var not in values:
+        # No gradient passes here, so that it does not matter that it is computed twice.
+        equation = made[var]
+        operands = [_value(operand, values, made) for operand in equation.invars]
+        values.update(zip(equation.outvars, bind(equation, operands), strict=True))
+    return values[var]
+
+
+def _run(
+    part: Part, values: dict[Any, Any], made: Mapping[Any, Any], results: set[Any], form: str
+) -> _Run:
     """Runs a part on the values that there are, and adds its own."""
     taps = find(part.program, part.num_params)
     own = not part.tasks
@@ -305,7 +328,7 @@ def _run(part: Part, values: dict[Any, Any], results: set[Any], form: str) -> _R
         zero = jnp.zeros(aval.shape, aval.dtype)
         zeros[~probe.number] = vary_like(zero, aval)
     arguments = [values[var] for var, _ in part.sources]
-    others = [values[var] for var in part.others]
+    others = [_value(var, values, made) for var in part.others]
     outputs = part.program.outvars
     pulled = [number for number, var in enumerate(outputs) if var in results]
 
@@ -341,20 +364,16 @@ def jacobian(
     values: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
     values.update(zip(program.invars, [*params, *others], strict=True))
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
-
-    def run_all(equations: Sequence[Any]) -> None:
-        for equation in equations:
-            results = bind(equation, [read(var) for var in equation.invars])
-            values.update(zip(equation.outvars, results, strict=True))
-
-    run_all(found.before)
+    made = {var: equation for equation in program.eqns for var in equation.outvars}
+    for equation in found.before:
+        results = bind(equation, [_value(var, values, made) for var in equation.invars])
+        values.update(zip(equation.outvars, results, strict=True))
     losses = set(variables(atoms))
     crossing = losses | {var for part in found.parts for var, _ in part.sources}
     crossing |= {probe.source for part in found.parts for probe in part.probes}
-    runs = [_run(part, values, losses if not part.tasks else crossing, form) for part in found.parts]
-    run_all(found.after)
+    runs = [
+        _run(part, values, made, crossing if part.tasks else losses, form) for part in found.parts
+    ]
 
     # What reaches a variable from the parts that have been pulled back so far.
     rows: dict[Any, list[Rows | BlocksLeaf]] = {var: [] for var in crossing}
@@ -371,7 +390,7 @@ def jacobian(
         _leaf(rows.get(var, []), param, m, form)
         for var, param in zip(program.invars, params, strict=False)
     ]
-    return [read(atom) for atom in program.outvars], leaves
+    return [_value(atom, values, made) for atom in program.outvars], leaves
 
 
 def _is_shared(found: Cut, atom: Any) -> bool:
