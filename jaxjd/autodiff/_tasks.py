@@ -11,16 +11,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.base import PyTree
-from jaxjd.checks import check_static_int, path_name, type_name
+from jaxjd.checks import check_static_int, is_mutable_state, path_name, type_name
 
 
 def check_differentiable(params: PyTree) -> None:
-    """Checks that every leaf is a real floating point array.
+    """Checks that every leaf is a real floating point array, and none a model's mutable state.
 
     Raises:
       ValueError: If one is not; its path is named.
     """
-    for path, leaf in jax.tree.leaves_with_path(params):
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_mutable_state):
+        if is_mutable_state(leaf):
+            raise ValueError(
+                f"Parameter leaf '{path_name(path)}': expected an nnx.Param, found "
+                f"{type(leaf).__name__}, state of the model that would stand still. "
+                "`jaxjd.integrations.nnx.value_and_jacobian` (and every other engine there) takes "
+                "a whole model; by hand, split it: `nnx.split(model, nnx.Param, ...)`."
+            )
         array = isinstance(leaf, (float, int)) or hasattr(leaf, "dtype")
         if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
