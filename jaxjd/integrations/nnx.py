@@ -486,6 +486,8 @@ class _Part(NamedTuple):
 
     @property
     def states(self) -> list[Any]:
+        if _is_variable(self.rest):
+            return [self.rest]
         return [state for state in (self.chosen, self.rest) if state is not None]
 
 
@@ -630,13 +632,13 @@ def _after(context: Any, node: Any, states: Sequence[Any]) -> _After:
     found = _flat(state)
     kept = tuple(path for path in found if path in known and _raw(found[path]) is known[path])
     changed = {path: value for path, value in found.items() if path not in kept}
-    return _After(changed.get((), nnx.from_flat_state(changed)), kept, graphdef)
+    return _After(_nested(changed), kept, graphdef)
 
 
 def _merge(context: Any, node: _After, states: Sequence[Any]) -> Any:
     known = _flat(*states)
     found = _flat(node.changed) | {path: known[path] for path in node.kept}
-    return context.merge(node.graphdef, found.get((), nnx.from_flat_state(found)))
+    return context.merge(node.graphdef, _nested(found))
 
 
 def _flat(*states: Any) -> dict[tuple, Any]:
@@ -645,6 +647,10 @@ def _flat(*states: Any) -> dict[tuple, Any]:
     for state in states:
         found |= {(): state} if _is_variable(state) else dict(nnx.to_flat_state(state))
     return found
+
+
+def _nested(flat: dict[tuple, Any]) -> Any:
+    return flat[()] if () in flat else nnx.from_flat_state(flat)
 
 
 def _check_disjoint(calls: Sequence[_Call]) -> None:
