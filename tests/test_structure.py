@@ -13,6 +13,8 @@ import types
 import pytest
 
 import jaxjd
+import jaxjd.integrations.flax
+import jaxjd.integrations.nnx
 
 PACKAGE = pathlib.Path(jaxjd.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -115,6 +117,8 @@ def public_objects() -> list[tuple[str, object]]:
         jaxjd.labels,
         jaxjd.diagnostics,
         jaxjd.sharding,
+        jaxjd.integrations.flax,
+        jaxjd.integrations.nnx,
     ):
         for name in module.__all__:
             value = getattr(module, name)
