@@ -286,6 +286,23 @@ def test_states_and_variables_as_arguments():
     compare(lambda v: v * POINT, lambda: nnx.Param(POINT))
 
 
+def test_factored_leaves_survive_the_states_of_nnx():
+    def run(model):
+        _, jacobian = engines.value_and_jacobian(losses_of, form="auto")(model, X, TARGETS)
+        leaf = jacobian["trunk"]["kernel"].get_raw_value()
+        parts = nnx.split_state(jacobian, nnx.PathContains("kernel"), ...)
+        merged = nnx.merge_state(*parts)
+        assert merged["trunk"]["kernel"].get_raw_value() is leaf
+        assert nnx.to_pure_dict(nnx.state(merged, nnx.Param))["trunk"]["kernel"] is leaf
+        with pytest.raises(TypeError, match="materialize"):
+            jacobian["trunk"]["kernel"] + 1.0
+        dense = jaxjd.materialize(jacobian)
+        assert type(dense["trunk"]["kernel"]) is nnx.Param
+        return dense["trunk"]["kernel"][...]
+
+    assert nnx.eval_shape(run, Net()).shape == (2, 16, 16)
+
+
 def test_auxiliary_output_may_hold_models():
     def fn(model, x, *, scale):
         y = model(x) * scale

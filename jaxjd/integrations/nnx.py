@@ -630,8 +630,12 @@ def _after(context: Any, node: Any, states: Sequence[Any]) -> _After:
     graphdef, state = context.split(node)
     known = {path: _raw(value) for path, value in _flat(*states).items()}
     found = _flat(state)
-    kept = tuple(path for path in found if path in known and _raw(found[path]) is known[path])
-    changed = {path: value for path, value in found.items() if path not in kept}
+    changed = {
+        path: value
+        for path, value in found.items()
+        if path not in known or _raw(value) is not known[path]
+    }
+    kept = tuple(path for path in found if path not in changed)
     return _After(_nested(changed), kept, graphdef)
 
 
