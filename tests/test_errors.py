@@ -1098,10 +1098,10 @@ ENGINES = [
     ),
     case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
     case(
-        "unknown method",
-        lambda: jaxjd.value_and_gramian(norms, method="jvp"),
-        "`method` must be one of",
-        "vector_products",
+        "unknown form of a Gramian",
+        lambda: jaxjd.value_and_gramian(norms, form="jvp"),
+        "`form` must be one of",
+        "products",
         "got 'jvp'",
     ),
     case("chunk_size of a Gramian", lambda: gramians(chunk_size=0), "`chunk_size`", "got 0"),
@@ -1120,7 +1120,7 @@ ENGINES = [
     ),
     case(
         "weights of a pullback that are no vector",
-        lambda: gramians(weights=jnp.ones((2, 2)), method="vector_products"),
+        lambda: gramians(weights=jnp.ones((2, 2)), form="products"),
         r"`weights` must have shape \(m,\)",
         r"got float32\[2,2\]",
     ),
