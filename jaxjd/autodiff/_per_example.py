@@ -266,4 +266,8 @@ class _Engine:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True

@@ -67,7 +67,7 @@ def trace(
     args: PyTree,
     has_aux: bool,
     is_output: Callable[[Any], bool] = lambda leaf: isinstance(leaf, jax.Array),
-    way_out: str = "or pass form='dense', which runs the function as jax.value_and_grad does",
+    way_out: str = "or pass form='dense' outside of jax.jit, which runs it on values",
 ) -> Traced:
     """Traces ``fn(*args)``; the arguments' leaves, flat, are those of the jaxpr.
 
@@ -102,11 +102,9 @@ def trace(
     try:
         jaxpr = jax.make_jaxpr(flat_fn)(*leaves)
     except _NEEDS_VALUES as error:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            raise  # Inside of another trace there are no values in any form.
         raise ValueError(
             "The function needs values where it is traced, in an `if` or a conversion to a Python "
-            f"number, say: use jax.lax.cond or jnp.where, {way_out}. Found {error}"
+            f"number, say ({type(error).__name__}): use jax.lax.cond or jnp.where, {way_out}."
         ) from error
     return Traced(jaxpr, *seen[-1])
 

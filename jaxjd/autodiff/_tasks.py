@@ -167,8 +167,8 @@ def _batched(fn: Callable[[Any], Any], stacked: PyTree) -> Any:
         if not runs:
             raise
         raise ValueError(
-            "The function cannot be batched: pass chunk_size=1, which takes one loss at a time "
-            f"as jax.grad does. Found {type(error).__name__}: {error}"
+            f"The function cannot be batched ({type(error).__name__}): pass chunk_size=1, which "
+            "takes one loss at a time as jax.grad does."
         ) from error
 
 
