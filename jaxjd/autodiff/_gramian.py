@@ -58,10 +58,11 @@ def value_and_gramian(
         ``form="products"``.
       form: ``"auto"`` keeps each leaf of the Jacobian in the form that is cheaper for its shape,
         ``"factored"`` keeps factors wherever there are any, and ``"dense"`` keeps arrays of shape
-        ``(m, *param.shape)``. ``"products"`` takes one vector-Jacobian and one
-        Jacobian-vector product per task, in the memory of one gradient, and another backward pass
-        in the pullback: for when nothing else fits. Its products have the precision of those of
-        `fn`; the others take theirs in full precision.
+        ``(m, *param.shape)``. ``"products"`` takes one vector-Jacobian and one Jacobian-vector
+        product per task, in the memory of one gradient, and another backward pass in the pullback:
+        for when nothing else fits. A backward pass that cannot be differentiated runs ``m`` times
+        more in the place of each. Its products have the precision of those of `fn`; the others take
+        theirs in full precision.
       labels: Groups of parameters, as for `jaxjd.partition`.
 
     Returns:

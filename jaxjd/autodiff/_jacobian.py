@@ -39,8 +39,10 @@ def value_and_jacobian(
       argnums: Which positional arguments to differentiate; a sequence gives a tuple of Jacobians.
       has_aux: Whether `fn` returns auxiliary output next to the losses.
       chunk_size: How many tasks are pulled back at once, at least 1; all by default. Less memory
-        for more time.
-      form: ``"dense"``: every leaf of the Jacobian is an array.
+        for more time. With 1 nothing is batched, so that whatever ``jax.grad`` of one loss can do
+        works.
+      form: ``"dense"``: every leaf of the Jacobian is an array. The others trace `fn` first, so
+        that it cannot look at values.
 
     Returns:
       A function of the arguments of `fn` that returns ``(losses, jacobian)``, or

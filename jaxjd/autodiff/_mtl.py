@@ -45,7 +45,7 @@ def mtl_value_and_jacobian(
         pulled back once per task, since it cannot be told apart.
       has_aux: Whether the functions return auxiliary output: ``(features, aux)`` and
         ``(loss, aux)``.
-      chunk_size: How many tasks are pulled back at once, at least 1; all by default.
+      chunk_size: As for `jaxjd.value_and_jacobian`.
 
     Returns:
       A function ``(trunk_params, heads_params, *args)`` that returns

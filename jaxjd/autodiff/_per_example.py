@@ -43,7 +43,8 @@ def per_example_value_and_jacobian(
       fn: ``fn(params, *example) -> loss``, a scalar, for one example without a batch axis. (A layer
         that normalizes over the batch has no such function.)
       has_aux: Whether `fn` returns ``(loss, aux)``.
-      chunk_size: How many examples are differentiated at once, at least 1; all by default.
+      chunk_size: How many examples are differentiated at once, at least 1; all by default. With 1
+        nothing is batched.
       form: As for `jaxjd.value_and_jacobian`: ``"dense"`` leaves have shape ``(B, *param.shape)``.
 
     Returns:
