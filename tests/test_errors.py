@@ -93,6 +93,18 @@ def norms(params):
     return jnp.stack([jnp.sum(params["c"] ** 2), jnp.sum(params["a"]["w"])])
 
 
+@jax.custom_vjp
+def on_host(x):
+    """A number whose backward pass calls the host and has no rule for batches."""
+    return 2 * x
+
+
+on_host.defvjp(
+    lambda x: (2 * x, None),
+    lambda _, c: (jax.pure_callback(lambda c: 2 * c, jax.ShapeDtypeStruct((), "float32"), c),),
+)
+
+
 def mtl(heads_fn, heads_params, trunk_params=None, **options):
     fn = jaxjd.mtl_value_and_jacobian(lambda w: jnp.tanh(w), heads_fn, **options)
     return trace(fn, jnp.zeros(2) if trunk_params is None else trunk_params, heads_params)
@@ -1100,10 +1112,22 @@ ENGINES = [
     ),
     case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
     case(
-        "unknown method",
-        lambda: jaxjd.value_and_gramian(norms, method="jvp"),
-        "`method` must be one of",
-        "vector_products",
+        "values in a function that is traced",
+        lambda: engine(lambda p: norms(p) if jnp.sum(p["c"]) > 0 else -norms(p), form="auto"),
+        "needs values",
+        "form='dense'",
+    ),
+    case(
+        "losses that cannot be batched",
+        lambda: engine(lambda p: norms(p) * on_host(jnp.sum(p["c"]))),
+        "cannot be batched",
+        "chunk_size=1",
+    ),
+    case(
+        "unknown form of a Gramian",
+        lambda: jaxjd.value_and_gramian(norms, form="jvp"),
+        "`form` must be one of",
+        "products",
         "got 'jvp'",
     ),
     case("chunk_size of a Gramian", lambda: gramians(chunk_size=0), "`chunk_size`", "got 0"),
@@ -1122,7 +1146,7 @@ ENGINES = [
     ),
     case(
         "weights of a pullback that are no vector",
-        lambda: gramians(weights=jnp.ones((2, 2)), method="vector_products"),
+        lambda: gramians(weights=jnp.ones((2, 2)), form="products"),
         r"`weights` must have shape \(m,\)",
         r"got float32\[2,2\]",
     ),
@@ -1242,6 +1266,15 @@ ENGINES = [
         "Head 0",
         "floating point scalar",
         r"found int32\[\]",
+    ),
+    case(
+        "features that are all integers",
+        lambda: trace(
+            jaxjd.mtl_value_and_jacobian(lambda w: jnp.arange(2), [head]), jnp.zeros(2), [1.0]
+        ),
+        "`trunk_fn`",
+        "floating point",
+        r"found int32\[2\]",
     ),
     case(
         "one function of the heads without losses",
