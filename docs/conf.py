@@ -12,6 +12,7 @@ from sphinx.util import logging
 
 import jaxjd
 import jaxjd.integrations.flax
+import jaxjd.integrations.nnx
 
 HERE = pathlib.Path(__file__).parent
 
@@ -85,6 +86,7 @@ def check_coverage(app, env):
         jaxjd.sharding,
         jaxjd.weightings,
         jaxjd.integrations.flax,
+        jaxjd.integrations.nnx,
     ):
         for name in module.__all__:
             value = getattr(module, name)

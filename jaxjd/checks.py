@@ -37,12 +37,19 @@ def leaf_names(tree: Any) -> list[tuple[str, ...]]:
     return names
 
 
+def is_mutable_state(node: Any) -> bool:
+    """Whether a node is a variable of flax nnx that is no parameter: a statistic, say, or a key."""
+    bases = _flax_bases(node)
+    return "Variable" in bases and "Param" not in bases
+
+
 def _is_wrapper(node: Any) -> bool:
+    return not _flax_bases(node).isdisjoint(("Variable", "AxisMetadata"))
+
+
+def _flax_bases(node: Any) -> set[str]:
     # By name: flax is not imported here.
-    return any(
-        base.__module__.startswith("flax.") and base.__name__ in ("Variable", "AxisMetadata")
-        for base in type(node).__mro__
-    )
+    return {base.__name__ for base in type(node).__mro__ if base.__module__.startswith("flax.")}
 
 
 def _key_name(key: Any) -> str:

@@ -110,7 +110,7 @@ def parallel(
         over = _loss_axes(losses, axes)
         count = lax.axis_size(over) if over else 1
         if over:
-            losses = jax.tree.map(lambda loss: lax.pmean(loss, over), losses)
+            losses = jax.tree.map(lambda loss: mean_leaf(loss, over, count), losses)
 
         def reduce(leaf: Any, param: Any, split: tuple[str, ...]) -> Any:
             found = _varying(leaf)

@@ -22,6 +22,7 @@ SECTIONS = {
     "Engines": test_errors.ENGINES,
     "Solvers": test_errors.SOLVERS,
     "Chain links and training states": test_errors.LINKS,
+    "Models of flax nnx": test_errors.NNX,
 }
 MARK = "<!-- {} of the table, which `python -m tests.error_page` writes -->"
 

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxjd
 from jaxjd import labels, linalg, scalarizers, weightings
+from jaxjd.integrations import nnx as nnx_engines
 from jaxjd.integrations.flax import JDTrainState
 from tests.registry import NAMED, UNWEIGHTED, by_name
 
@@ -89,6 +91,18 @@ def replaced(leaf, key="c"):
 
 def norms(params):
     return jnp.stack([jnp.sum(params["c"] ** 2), jnp.sum(params["a"]["w"])])
+
+
+@jax.custom_vjp
+def on_host(x):
+    """A number whose backward pass calls the host and has no rule for batches."""
+    return 2 * x
+
+
+on_host.defvjp(
+    lambda x: (2 * x, None),
+    lambda _, c: (jax.pure_callback(lambda c: 2 * c, jax.ShapeDtypeStruct((), "float32"), c),),
+)
 
 
 def mtl(heads_fn, heads_params, trunk_params=None, **options):
@@ -1098,10 +1112,22 @@ ENGINES = [
     ),
     case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
     case(
-        "unknown method",
-        lambda: jaxjd.value_and_gramian(norms, method="jvp"),
-        "`method` must be one of",
-        "vector_products",
+        "values in a function that is traced",
+        lambda: engine(lambda p: norms(p) if jnp.sum(p["c"]) > 0 else -norms(p), form="auto"),
+        "needs values",
+        "form='dense'",
+    ),
+    case(
+        "losses that cannot be batched",
+        lambda: engine(lambda p: norms(p) * on_host(jnp.sum(p["c"]))),
+        "cannot be batched",
+        "chunk_size=1",
+    ),
+    case(
+        "unknown form of a Gramian",
+        lambda: jaxjd.value_and_gramian(norms, form="jvp"),
+        "`form` must be one of",
+        "products",
         "got 'jvp'",
     ),
     case("chunk_size of a Gramian", lambda: gramians(chunk_size=0), "`chunk_size`", "got 0"),
@@ -1120,7 +1146,7 @@ ENGINES = [
     ),
     case(
         "weights of a pullback that are no vector",
-        lambda: gramians(weights=jnp.ones((2, 2)), method="vector_products"),
+        lambda: gramians(weights=jnp.ones((2, 2)), form="products"),
         r"`weights` must have shape \(m,\)",
         r"got float32\[2,2\]",
     ),
@@ -1240,6 +1266,15 @@ ENGINES = [
         "Head 0",
         "floating point scalar",
         r"found int32\[\]",
+    ),
+    case(
+        "features that are all integers",
+        lambda: trace(
+            jaxjd.mtl_value_and_jacobian(lambda w: jnp.arange(2), [head]), jnp.zeros(2), [1.0]
+        ),
+        "`trunk_fn`",
+        "floating point",
+        r"found int32\[2\]",
     ),
     case(
         "one function of the heads without losses",
@@ -1798,6 +1833,113 @@ STATES = [
     ),
 ]
 
+
+def linear(*_, seed=0):
+    return nnx.Linear(3, 3, rngs=nnx.Rngs(seed))
+
+
+def call_twice(model, *args):
+    """Losses of a model that changes one of its variables."""
+    model.calls = nnx.Variable(jnp.zeros(()))
+    return model(*args)
+
+
+def nnx_losses(*args, fn=lambda model, *_: model(jnp.ones(3)), **options):
+    """Traces the engine for models of nnx."""
+    return nnx.eval_shape(
+        lambda: nnx_engines.value_and_jacobian(fn, **options)(*(args or (linear(),)))
+    )
+
+
+def nnx_heads(trunk_fn, head_fn, heads, *args):
+    """Traces the multi-task engine for models of nnx with two heads."""
+    engine = nnx_engines.mtl_value_and_jacobian(trunk_fn, [head_fn, head_fn])
+    return nnx.eval_shape(lambda: engine(linear(), heads(), *(make() for make in args)))
+
+
+NNX = [
+    case(
+        "a model with statistics, whole",
+        lambda: engine(
+            lambda model: model(jnp.ones((2, 3)))[0], nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        ),
+        "leaf 'mean'",
+        "expected an nnx.Param",
+        "found BatchStat",
+        r"`jaxjd\.integrations\.nnx\.value_and_jacobian`",
+        r"nnx\.split",
+    ),
+    case(
+        "a model with a random stream, whole",
+        lambda: engine(lambda model: model(jnp.ones(3)), nnx.Dropout(0.5, rngs=nnx.Rngs(0))),
+        "leaf 'rngs/count'",
+        "found RngCount",
+        r"nnx\.split",
+    ),
+    case(
+        "a method of a model",
+        lambda: nnx_losses(fn=linear().__call__),
+        "`fn` is the method Linear.__call__ of a module",
+        "Pass Linear.__call__",
+    ),
+    case(
+        "a filter that selects nothing", lambda: nnx_losses(wrt=nnx.BatchStat), "`wrt` selects no"
+    ),
+    case("argnums of a model out of range", lambda: nnx_losses(argnums=2), "`argnums` has 2"),
+    case("argnums of a model that is no int", lambda: nnx_losses(argnums="0"), "`argnums`", "'0'"),
+    case("argnums with an argument twice", lambda: nnx_losses(argnums=(0, -1)), "argument twice"),
+    case(
+        "a variable that is differentiated and constant",
+        lambda: nnx_losses(shared := linear(), shared),
+        "'bias' of argument 0 is differentiated",
+        "also 'bias' of argument 1, where it is constant",
+    ),
+    case(
+        "auxiliary output of a model without has_aux",
+        lambda: nnx_losses(fn=lambda model: (model(jnp.ones(3)), jnp.arange(2))),
+        "Loss '1'",
+        "has_aux=True",
+    ),
+    case(
+        "a model that is changed by the loss of an example",
+        lambda: nnx.eval_shape(
+            lambda: nnx_engines.per_example_value_and_jacobian(call_twice)(
+                linear(), jnp.ones((2, 3))
+            )
+        ),
+        "Variable 'calls'",
+        "the loss of an example changes it",
+        "a key per example",
+    ),
+    case(
+        "a head that two tasks share",
+        lambda: nnx_heads(
+            lambda trunk: trunk(jnp.ones(3)),
+            lambda head, z: jnp.sum(head(z)),
+            lambda: [head := linear(seed=1), head],
+        ),
+        "'bias' of argument 0 of one function is also",
+        "value_and_jacobian",
+    ),
+    case(
+        "a random stream that two heads draw from",
+        lambda: nnx_heads(
+            lambda trunk, rngs: trunk(jnp.ones(3)),
+            lambda head, z, rngs: jnp.sum(head(z)) + rngs.uniform(),
+            lambda: [linear(seed=1), linear(seed=2)],
+            lambda: nnx.Rngs(0),
+        ),
+        "Variable 'default/count' is changed by two of the functions",
+        "Give each one of its own",
+    ),
+    case(
+        "heads of a model that do not fit",
+        lambda: nnx_heads(lambda trunk: trunk(jnp.ones(3)), lambda head, z: jnp.sum(head(z)), dict),
+        "outer structure of `heads_fn`",
+        "found dict",
+    ),
+]
+
 CASES = [
     *JACOBIANS,
     *STATES,
@@ -1808,6 +1950,7 @@ CASES = [
     *ENGINES,
     *SOLVERS,
     *LINKS,
+    *NNX,
 ]
 
 

@@ -224,8 +224,8 @@ def test_nothing_has_the_size_of_the_jacobian():
 
 def test_the_forward_pass_runs_once():
     count = lambda fn: sum(e.primitive.name == "tanh" for e in jaxprs.equations(fn, PARAMS, X))
-    for method in ("auto", "factored", "dense", "vector_products"):
-        step = lambda params, x, method=method: jaxjd.value_and_gramian(losses_fn, method=method)(
+    for method in ("auto", "factored", "dense", "products"):
+        step = lambda params, x, method=method: jaxjd.value_and_gramian(losses_fn, form=method)(
             params, x
         )[:2]
         assert count(step) == 1
@@ -306,7 +306,7 @@ def test_explanation_of_a_loss_per_example():
     )
 
 
-METHODS = ("auto", "dense", "factored", "vector_products")
+METHODS = ("auto", "dense", "factored", "products")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -318,7 +318,7 @@ def test_value_and_gramian(method, chunk_size):
 
     weights = jnp.array([1.0, -2.0, 0.5])
     labels = {"first": "trunk", "second": "head"}
-    options = {"has_aux": True, "chunk_size": chunk_size, "method": method}
+    options = {"has_aux": True, "chunk_size": chunk_size, "form": method}
 
     @jax.jit
     def run(params):
@@ -346,7 +346,7 @@ def test_argnums_of_value_and_gramian():
         return scale * losses_fn(params, x)
 
     for method in METHODS:
-        engine = jaxjd.value_and_gramian(fn, argnums=(0, 1), method=method)
+        engine = jaxjd.value_and_gramian(fn, argnums=(0, 1), form=method)
         _, gramian, pullback = jax.jit(lambda s, p, engine=engine: (*engine(s, p, X)[:2], None))(
             jnp.float32(2.0), PARAMS
         )

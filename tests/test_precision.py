@@ -83,11 +83,11 @@ def model_params(dtype):
 INPUTS = jax.random.normal(jax.random.key(4), (5, 6))
 FORMS = ("dense", "auto", "factored")
 GRAMIAN_ENGINES = {
-    **{f"value_and_gramian({m})": (jaxjd.value_and_gramian, model, {"method": m}) for m in FORMS},
-    "value_and_gramian(vector_products)": (
+    **{f"value_and_gramian({m})": (jaxjd.value_and_gramian, model, {"form": m}) for m in FORMS},
+    "value_and_gramian(products)": (
         jaxjd.value_and_gramian,
         model,
-        {"method": "vector_products"},
+        {"form": "products"},
     ),
     "value_and_gramian(labels)": (
         jaxjd.value_and_gramian,
@@ -216,7 +216,7 @@ def test_scaled_losses_change_no_weight_through_an_engine(form):
     @jax.jit
     def weights_of(params, scale):
         fn = lambda params, x: model(params, x) * scale
-        _, gramian, _ = jaxjd.value_and_gramian(fn, method=form)(params, x)
+        _, gramian, _ = jaxjd.value_and_gramian(fn, form=form)(params, x)
         return weighting.update(gramian, ())[0]
 
     one, scale = jnp.ones((), "bfloat16"), jnp.asarray(SCALE, "bfloat16")
@@ -337,7 +337,7 @@ def test_every_product_of_factors_is_in_full_precision(engine, kernel, dtype):
 
     def step(params, x):
         if engine == "gramian":
-            _, gramian, pullback = jaxjd.value_and_gramian(fn, method="factored")(params, x)
+            _, gramian, pullback = jaxjd.value_and_gramian(fn, form="factored")(params, x)
         elif engine == "gramian per example":
             per_example = jaxjd.per_example_value_and_gramian(one, form="factored")
             _, gramian, pullback = per_example(params, x)

@@ -118,7 +118,7 @@ def test_equals_jacrev(model):
         kinds.extend(map(is_factored, jax.tree.leaves(jacobian)))
         own = [by_products(leaf) for leaf in jax.tree.leaves(jacobian) if is_factored(leaf)]
         # The other methods are these forms with the same Gramian; `test_options` has them.
-        engine = jaxjd.value_and_gramian(fn, method="vector_products", **options)
+        engine = jaxjd.value_and_gramian(fn, form="products", **options)
         losses, *rest = engine(params)
         found["vector products"] = results_of_gramian(without_aux(losses), *rest)
         return jacrev(fn, model.has_aux)(params), found, own
@@ -290,8 +290,8 @@ def test_options(name, form):
         m = jaxjd.gramian(jacobian).shape[0]
         weights = {group: weights[:m] for group, weights in of_group.items()}
         grouped = {}
-        for method in (form, "vector_products"):
-            engine = jaxjd.value_and_gramian(fn, method=method, labels=label, **options)
+        for method in (form, "products"):
+            engine = jaxjd.value_and_gramian(fn, form=method, labels=label, **options)
             _, gramians, pullback = engine(*args)
             grouped[method] = gramians, pullback(weights)
         plain = lambda pair: fn(pair[1], None, pair[0], x)

@@ -14,15 +14,18 @@ from jaxjd.autodiff._tasks import (
     check_differentiable,
     count_losses,
     map_in_chunks,
-    task_basis,
+    map_tasks,
+    spread,
+    unit,
     vjp,
+    with_losses,
 )
 from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_function, check_weights
 from jaxjd.labels import resolve
-from jaxjd.linalg.algebra import combine, count_tasks, gramian
+from jaxjd.linalg.algebra import combine, count_tasks, cross_gramian, gramian
 
-METHODS = ("auto", "dense", "factored", "vector_products")
+FORMS = ("auto", "dense", "factored", "products")
 
 Pullback = Callable[[Any], PyTree]
 """Takes weights, ``(m,)``, and returns the combination of the gradients."""
@@ -33,7 +36,7 @@ def value_and_gramian(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     chunk_size: int | None = None,
-    method: str = "auto",
+    form: str = "auto",
     labels: Any = None,
 ) -> Callable[..., tuple[Any, Any, Pullback]]:
     r"""Returns a function that computes the losses, their Gramian, and a pullback.
@@ -52,13 +55,14 @@ def value_and_gramian(
       argnums: Which positional arguments to differentiate.
       has_aux: Whether `fn` returns ``(losses, aux)``.
       chunk_size: How many tasks are pulled back at once, at least 1; all by default, and one with
-        ``method="vector_products"``.
-      method: ``"auto"`` keeps each leaf of the Jacobian in the form that is cheaper for its shape,
+        ``form="products"``.
+      form: ``"auto"`` keeps each leaf of the Jacobian in the form that is cheaper for its shape,
         ``"factored"`` keeps factors wherever there are any, and ``"dense"`` keeps arrays of shape
-        ``(m, *param.shape)``. ``"vector_products"`` takes one vector-Jacobian and one
-        Jacobian-vector product per task, in the memory of one gradient, and another backward pass
-        in the pullback: for when nothing else fits. Its products have the precision of those of
-        `fn`; the others take theirs in full precision.
+        ``(m, *param.shape)``. ``"products"`` takes one vector-Jacobian and one Jacobian-vector
+        product per task, in the memory of one gradient, and another backward pass in the pullback:
+        for when nothing else fits. A backward pass that cannot be differentiated runs ``m`` times
+        more in the place of each. Its products have the precision of those of `fn`; the others take
+        theirs in full precision.
       labels: Groups of parameters, as for `jaxjd.partition`.
 
     Returns:
@@ -89,13 +93,13 @@ def value_and_gramian(
       ((2, 2), (3, 4))
     """
     check_function("fn", fn)
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    if form not in FORMS:
+        raise ValueError(f"`form` must be one of {FORMS}, got {form!r}.")
     numbers, single = check_argnums(argnums)
     chunk_size = check_chunk_size(chunk_size)
-    if method == "vector_products":
-        return _by_vector_products(fn, numbers, single, has_aux, chunk_size or 1, labels)
-    engine = value_and_jacobian(fn, argnums, has_aux, chunk_size, form=method)
+    if form == "products":
+        return _by_products(fn, numbers, single, has_aux, chunk_size or 1, labels)
+    engine = value_and_jacobian(fn, argnums, has_aux, chunk_size, form=form)
 
     def value_and_gramian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
         values, jacobian = engine(*args, **kwargs)
@@ -182,7 +186,7 @@ class Groups(NamedTuple):
         return pullback
 
 
-def _by_vector_products(
+def _by_products(
     fn: Callable[..., Any],
     numbers: tuple[int, ...],
     single: bool,
@@ -194,20 +198,29 @@ def _by_vector_products(
         losses_of, chosen = arguments(fn, numbers, args, kwargs)
         for arg in chosen:
             check_differentiable(arg)
-        losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
-        basis = task_basis(losses)
+        losses, pull, aux = vjp(with_losses(losses_of, has_aux), *chosen, has_aux=has_aux)
+        groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
+        numbers_of_tasks = jnp.arange(count_losses(losses))
         # Not jax.linearize: functions with a rule for the backward pass only have no other.
         transposed = jax.linear_transpose(pull, losses)
 
-        def push(*tangents: PyTree) -> PyTree:
-            return transposed(tangents)[0]
-
-        groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
-
         def products(gradient: PyTree) -> jax.Array:
-            parts = jax.tree.leaves(push(*gradient))
+            parts = jax.tree.leaves(transposed(gradient))
             return jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
+
+        def products_one_by_one(gradient: PyTree) -> jax.Array:
+            rows = jax.tree.map(lambda leaf: leaf[None], gradient)
+
+            def with_task(task: jax.Array) -> jax.Array:
+                other = jax.tree.map(lambda leaf: leaf[None], pull(unit(losses, task)))
+                return cross_gramian(other, rows)[0, 0].astype(dtype)
+
+            return map_in_chunks(with_task, numbers_of_tasks, chunk_size)
+
+        # A backward pass that cannot be differentiated, a kernel or a callback, runs m times more.
+        if not _runs(transposed, jax.eval_shape(pull, losses)):
+            products = products_one_by_one
 
         def column(cotangent: PyTree) -> Any:
             gradient = pull(cotangent)
@@ -221,12 +234,12 @@ def _by_vector_products(
                 for name in groups.names
             }
 
-        gramians = map_in_chunks(column, basis, chunk_size)
+        gramians = map_tasks(column, losses, chunk_size)
         # The two halves are rounded differently.
         gramians = jax.tree.map(lambda matrix: (matrix + matrix.T) / 2, gramians)
 
         def pull_back(weights: jax.Array) -> Any:
-            gradient = pull(combine(weights, basis))
+            gradient = pull(spread(weights, losses))
             return gradient[0] if single else gradient
 
         def pullback(weights: Any) -> PyTree:
@@ -235,3 +248,11 @@ def _by_vector_products(
         return ((losses, aux) if has_aux else losses), gramians, pullback
 
     return value_and_gramian_fn
+
+
+def _runs(fn: Callable[..., Any], *args: Any) -> bool:
+    try:
+        jax.eval_shape(fn, *args)
+    except Exception:  # Every primitive says in its own way that it has no rule.
+        return False
+    return True

@@ -14,9 +14,9 @@ from jaxjd.autodiff._tapped import tapped_jacobian
 from jaxjd.autodiff._tasks import (
     check_chunk_size,
     check_differentiable,
-    map_in_chunks,
-    task_basis,
+    map_tasks,
     vjp,
+    with_losses,
 )
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import check_function, path_name, type_name
@@ -39,8 +39,10 @@ def value_and_jacobian(
       argnums: Which positional arguments to differentiate; a sequence gives a tuple of Jacobians.
       has_aux: Whether `fn` returns auxiliary output next to the losses.
       chunk_size: How many tasks are pulled back at once, at least 1; all by default. Less memory
-        for more time.
-      form: ``"dense"``: every leaf of the Jacobian is an array.
+        for more time. With 1 nothing is batched, so that whatever ``jax.grad`` of one loss can do
+        works.
+      form: ``"dense"``: every leaf of the Jacobian is an array. The others trace `fn` first, so
+        that it cannot look at values.
 
     Returns:
       A function of the arguments of `fn` that returns ``(losses, jacobian)``, or
@@ -75,8 +77,8 @@ def value_and_jacobian(
             check_differentiable(arg)
 
         if form == "dense":
-            losses, pull_back, aux = vjp(losses_of, *chosen, has_aux=has_aux)
-            jacobians = map_in_chunks(pull_back, task_basis(losses), chunk_size)
+            losses, pull_back, aux = vjp(with_losses(losses_of, has_aux), *chosen, has_aux=has_aux)
+            jacobians = map_tasks(pull_back, losses, chunk_size)
         else:
             losses, aux, jacobians = tapped_jacobian(
                 losses_of, tuple(chosen), has_aux, chunk_size, form

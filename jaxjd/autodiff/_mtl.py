@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jaxjd.autodiff._tasks import (
     check_chunk_size,
     check_differentiable,
+    check_pair,
     map_in_chunks,
-    task_basis,
+    map_tasks,
     vary_like,
     vjp,
+    with_losses,
 )
 from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_function, type_name
@@ -35,14 +37,15 @@ def mtl_value_and_jacobian(
     losses with respect to the features are pulled back through the trunk.
 
     Args:
-      trunk_fn: ``trunk_fn(trunk_params, *args) -> features``, any pytree of arrays.
+      trunk_fn: ``trunk_fn(trunk_params, *args) -> features``, any pytree; what is no floating
+        point array among them, a mask or a key, say, is passed on to the heads.
       heads_fn: A list, tuple or dict with one function per task,
         ``head(head_params, features, *args) -> loss``, a scalar each. Or one function
         ``heads(heads_params, features, *args) -> losses`` with any pytree of losses; that one is
         pulled back once per task, since it cannot be told apart.
       has_aux: Whether the functions return auxiliary output: ``(features, aux)`` and
         ``(loss, aux)``.
-      chunk_size: How many tasks are pulled back at once, at least 1; all by default.
+      chunk_size: As for `jaxjd.value_and_jacobian`.
 
     Returns:
       A function ``(trunk_params, heads_params, *args)`` that returns
@@ -55,7 +58,7 @@ def mtl_value_and_jacobian(
 
     Raises:
       ValueError: If an option is out of range; when called, if the structures differ, a leaf is not
-        floating point, or a head's loss is not a scalar.
+        floating point, no feature is, or a head's loss is not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxjd
@@ -175,13 +178,28 @@ def _features(
         check_differentiable(trunk_params)
         check_differentiable(heads_params)
 
-        def trunk(params: PyTree) -> Any:
-            return trunk_fn(params, *args)
+        def trunk(params: PyTree) -> tuple[list[Any], Any]:
+            found = trunk_fn(params, *args)
+            features, aux = check_pair(found) if has_aux else (found, None)
+            leaves, treedef = jax.tree.flatten(features)
+            differentiated = [leaf for leaf in leaves if _is_differentiable(leaf)]
+            if not differentiated:
+                raise ValueError(
+                    "`trunk_fn` must return features, among them a floating point array, found "
+                    f"{type_name(features)}."
+                )
+            rest = [None if _is_differentiable(leaf) else (leaf,) for leaf in leaves]
+            return differentiated, (rest, treedef, aux)
 
-        features, trunk_back, trunk_aux = vjp(trunk, trunk_params, has_aux=has_aux)
+        leaves, trunk_back, (rest, treedef, trunk_aux) = vjp(trunk, trunk_params, has_aux=True)
+
+        def join(differentiated: list[Any]) -> Any:
+            left = iter(differentiated)
+            return jax.tree.unflatten(treedef, [next(left) if r is None else r[0] for r in rest])
+
         differentiate = _whole if callable(heads_fn) else _each
         losses, heads_aux, cotangents, gradients = differentiate(
-            heads_fn, heads_params, features, args, has_aux, chunk_size
+            heads_fn, heads_params, leaves, join, args, has_aux, chunk_size
         )
         values = (losses, (trunk_aux, heads_aux)) if has_aux else losses
         return values, trunk_back, cotangents, gradients
@@ -190,7 +208,13 @@ def _features(
 
 
 def _each(
-    heads_fn: Any, heads_params: PyTree, features: Any, args: tuple, has_aux: bool, _: int | None
+    heads_fn: Any,
+    heads_params: PyTree,
+    features: list[Any],
+    join: Callable[[list[Any]], Any],
+    args: tuple,
+    has_aux: bool,
+    _: int | None,
 ) -> tuple[Any, Any, Any, PyTree]:
     heads, treedef = jax.tree.flatten(heads_fn)
     if not heads or not all(callable(head) for head in heads):
@@ -208,10 +232,11 @@ def _each(
     losses, auxs, cotangents, gradients = [], [], [], []
     for number, (head, head_params) in enumerate(zip(heads, params, strict=True)):
 
-        def loss_of(head_params: PyTree, features: Any, head: Callable = head) -> Any:
-            return head(head_params, features, *args)
+        def loss_of(head_params: PyTree, features: list[Any], head: Callable = head) -> Any:
+            return head(head_params, join(features), *args)
 
-        loss, back, aux = vjp(loss_of, head_params, features, has_aux=has_aux)
+        loss_fn = with_losses(loss_of, has_aux)
+        loss, back, aux = vjp(loss_fn, head_params, features, has_aux=has_aux)
         if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise ValueError(
                 f"Head {number} must return a floating point scalar loss, found {type_name(loss)}."
@@ -229,17 +254,22 @@ def _each(
 def _whole(
     heads_fn: Any,
     heads_params: PyTree,
-    features: Any,
+    features: list[Any],
+    join: Callable[[list[Any]], Any],
     args: tuple,
     has_aux: bool,
     chunk_size: int | None,
 ) -> tuple[Any, Any, Any, PyTree]:
-    def losses_of(params: PyTree, features: Any) -> Any:
-        return heads_fn(params, features, *args)
+    def losses_of(params: PyTree, features: list[Any]) -> Any:
+        return heads_fn(params, join(features), *args)
 
-    losses, back, aux = vjp(losses_of, heads_params, features, has_aux=has_aux)
-    basis = task_basis(losses)
-    cotangents = map_in_chunks(lambda cotangent: back(cotangent)[1], basis, chunk_size)
+    losses_fn = with_losses(losses_of, has_aux)
+    losses, back, aux = vjp(losses_fn, heads_params, features, has_aux=has_aux)
+    cotangents = map_tasks(lambda cotangent: back(cotangent)[1], losses, chunk_size)
     ones = jax.tree.map(lambda loss: vary_like(jnp.ones_like(loss), loss), losses)
     gradients = back(ones)[0]
     return losses, aux, cotangents, gradients
+
+
+def _is_differentiable(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)

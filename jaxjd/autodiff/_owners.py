@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.extend import source_info_util
 
 from jaxjd.autodiff._taps import CALLS, constants_of, inner_of, live
 
@@ -93,7 +94,7 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
     consts = list(closed.consts)
     equations: list[Any] = []
 
-    def walk(jaxpr: Any, values: dict[Any, Any]) -> list[Any]:
+    def walk(jaxpr: Any, values: dict[Any, Any], names: Any) -> list[Any]:
         def read(var: Any) -> Any:
             return var if isinstance(var, jex.Literal) else values.get(var, var)
 
@@ -102,6 +103,8 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
             if number not in alive:
                 continue
             operands = [read(var) for var in equation.invars]
+            info = equation.source_info
+            info = info.replace(name_stack=names + info.name_stack)
             if equation.primitive.name in CALLS:
                 inner = inner_of(equation)
                 inside = dict(zip(inner.invars, operands, strict=True))
@@ -109,14 +112,16 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
                     inside[var] = Variable(var.aval)
                     constvars.append(inside[var])
                     consts.append(value)
-                values.update(zip(equation.outvars, walk(inner, inside), strict=True))
+                values.update(
+                    zip(equation.outvars, walk(inner, inside, info.name_stack), strict=True)
+                )
                 continue
             results = [Variable(var.aval) for var in equation.outvars]
             values.update(zip(equation.outvars, results, strict=True))
-            equations.append(equation.replace(invars=operands, outvars=results))
+            equations.append(equation.replace(invars=operands, outvars=results, source_info=info))
         return [read(var) for var in jaxpr.outvars]
 
-    outvars = walk(closed.jaxpr, {})
+    outvars = walk(closed.jaxpr, {}, source_info_util.NameStack())
     return Program(constvars, list(closed.jaxpr.invars), outvars, equations), consts
 
 
@@ -175,12 +180,61 @@ _Parts = list[Owners | None] | None
 """What each operand's use belongs to; None where it has no such axis. None if not understood."""
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp convert_element_type copy "
-    "copy_p cos cosh custom_jvp_call div erf erf_inv erfc exp exp2 expm1 integer_pow lgamma "
-    "digamma log log1p logistic max min mul name neg nextafter optimization_barrier pow "
-    "reduce_precision rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh".split()
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "cos",
+        "cosh",
+        "custom_jvp_call",
+        "div",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "integer_pow",
+        "lgamma",
+        "digamma",
+        "log",
+        "log1p",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "name",
+        "neg",
+        "nextafter",
+        "optimization_barrier",
+        "pow",
+        "reduce_precision",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+    ]
 )
-_CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
+_CUMULATIVE = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
 
 
 def _operands(equation: Any, owners: Owners, made: Mapping[Any, Any]) -> _Parts:

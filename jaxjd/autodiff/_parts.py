@@ -36,6 +36,7 @@ from jaxjd.autodiff._taps import (
     bind,
     evaluate,
     find,
+    is_explicit,
     is_view,
     prune,
 )
@@ -117,9 +118,7 @@ class Cut(NamedTuple):
     owners: dict[Any, Owners]
 
 
-def cut(
-    program: Program, num_params: int, losses: Sequence[Any], sizes: Sequence[int]
-) -> Cut:
+def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequence[int]) -> Cut:
     """Cuts a program into what losses share and what they own.
 
     Args:
@@ -165,9 +164,7 @@ def cut(
         else:
             numbers[rank].append(number)
     builder = _Builder(program, wanted, params, views, owners, equations)
-    parts = [
-        builder.build(own, tasks) for own, tasks in zip(numbers, order, strict=True) if own
-    ]
+    parts = [builder.build(own, tasks) for own, tasks in zip(numbers, order, strict=True) if own]
     return Cut(program, parts, before, owners)
 
 
@@ -344,6 +341,13 @@ def _run(
     return _Run(part, taps, choices, named, pull_back, inputs)
 
 
+def can_cut(program: Program, num_losses: int) -> bool:
+    """Whether a program can be cut: no loss is itself a parameter, and no mesh is explicit."""
+    atoms = variables(program.outvars[:num_losses])
+    avals = [var.aval for equation in program.eqns for var in equation.outvars]
+    return set(atoms).isdisjoint(program.invars) and not any(map(is_explicit, avals))
+
+
 def jacobian(
     program: Program,
     consts: Sequence[Any],
@@ -451,7 +455,9 @@ def _probed(
     """
     root = values[probe.source]
     blocks = _blocks(probe.tasks)
-    equation_of = None if blocks is None else _resized(equation, probe, len(probe.tasks) // len(blocks))
+    equation_of = (
+        None if blocks is None else _resized(equation, probe, len(probe.tasks) // len(blocks))
+    )
 
     def through(root: jax.Array, rest: Sequence[Any], equation: Any) -> jax.Array:
         for view in probe.views:
@@ -589,9 +595,7 @@ def _joined(parts: Sequence[Rows | BlocksLeaf], param: jax.Array, form: str) -> 
     """All rows of a leaf together; factored if that is cheaper or asked for."""
     if not parts:
         return Rows((), jnp.zeros((0, *param.shape), param.dtype))
-    tasks = tuple(
-        sorted({task for part in parts for task in part.tasks if task >= 0})
-    )
+    tasks = tuple(sorted({task for part in parts for task in part.tasks if task >= 0}))
     leaf = parts[0].rows if len(parts) == 1 else _stacked(parts)
     if isinstance(leaf, FactoredLeaf) and form != "dense":
         if form == "factored" or is_cheaper(leaf.sizes):

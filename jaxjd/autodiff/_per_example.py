@@ -12,19 +12,19 @@ from jax import lax
 
 from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._gramian import Groups, Pullback
-from jaxjd.autodiff._tapped import Split, Traced, split, trace
+from jaxjd.autodiff._tapped import Split, split, trace
 from jaxjd.autodiff._tasks import (
     batch_size,
     check_chunk_size,
     check_differentiable,
-    check_pair,
     example_of,
     map_in_chunks,
     vary_like,
+    with_losses,
 )
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import check_function, type_name
-from jaxjd.linalg.algebra import combine, cross_gramian, gramian
+from jaxjd.linalg.algebra import cross_gramian, gramian, wide_combination
 
 
 def per_example_value_and_jacobian(
@@ -43,13 +43,15 @@ def per_example_value_and_jacobian(
       fn: ``fn(params, *example) -> loss``, a scalar, for one example without a batch axis. (A layer
         that normalizes over the batch has no such function.)
       has_aux: Whether `fn` returns ``(loss, aux)``.
-      chunk_size: How many examples are differentiated at once, at least 1; all by default.
+      chunk_size: How many examples are differentiated at once, at least 1; all by default. With 1
+        nothing is batched.
       form: As for `jaxjd.value_and_jacobian`: ``"dense"`` leaves have shape ``(B, *param.shape)``.
 
     Returns:
       A function ``(params, *batch)``, where every leaf of `batch` has a leading axis of size `B`.
       It returns ``(losses, jacobian)`` with losses of shape ``(B,)`` and one row per example, or
-      ``((losses, aux), jacobian)``, where `aux` has a leading axis of size `B`.
+      ``((losses, aux), jacobian)``, where the arrays of `aux` have a leading axis of size `B`; what
+      is no array, a string, say, is the same for all examples and is returned as it is.
 
     Raises:
       ValueError: If an option is out of range; when called, if a parameter is not floating point,
@@ -73,6 +75,7 @@ def per_example_value_and_jacobian(
     def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, Jacobian]:
         engine = _Engine(fn, params, batch, has_aux, form)
         losses, aux, jacobian = engine.run(batch, chunk_size)
+        losses, aux = engine.traced.join([losses, *aux])
         return ((losses, aux) if has_aux else losses), jacobian
 
     return per_example_fn
@@ -132,6 +135,7 @@ def per_example_value_and_gramian(
             gramians, pullback = groups.apply(gramian, jacobian), groups.pullback(jacobian)
         else:
             losses, aux, gramians, pullback = engine.run_in_chunks(batch, chunk_size, groups)
+        losses, aux = engine.traced.join([losses, *aux])
         return ((losses, aux) if has_aux else losses), gramians, pullback
 
     return per_example_fn
@@ -147,9 +151,11 @@ class _Engine:
         self.size = batch_size(batch)
         example = example_of(batch)
 
+        losses_fn = with_losses(lambda params, example: fn(params, *example), has_aux)
+
         def loss_of(params: PyTree, example: tuple) -> Any:
-            found = fn(params, *example)
-            loss = check_pair(found)[0] if has_aux else found
+            found = losses_fn(params, example)
+            loss = found[0] if has_aux else found
             if getattr(loss, "shape", None) != ():
                 raise ValueError(
                     f"The loss of an example must be a scalar, found {type_name(loss)}."
@@ -159,7 +165,8 @@ class _Engine:
 
         leaves, self.treedef = jax.tree.flatten(params)
         self.leaves = [jnp.asarray(leaf) for leaf in leaves]
-        self.traced: Traced = trace(loss_of, (params, example), has_aux)
+        way_out = "since one trace of it stands for all examples"
+        self.traced = trace(loss_of, (params, example), has_aux, _is_array, way_out)
         self.parts = self._split(form)
 
     def _split(self, form: str) -> Split:
@@ -172,7 +179,7 @@ class _Engine:
         return other
 
     def run(self, batch: tuple, chunk_size: int | None) -> tuple[Any, Any, Jacobian]:
-        """The losses, the auxiliary output and the Jacobian."""
+        """The losses, the flat auxiliary output and the Jacobian."""
 
         def one(example: list[jax.Array]) -> tuple:
             (loss,), pull_back, aux, inputs = self.parts.vjp(self.leaves, example)
@@ -181,11 +188,11 @@ class _Engine:
         found = map_in_chunks(one, jax.tree.leaves(batch), chunk_size)
         losses, aux, inputs, dense, cotangents = found
         jacobian = self.parts.jacobian(dense, inputs, cotangents, per_task=True)
-        losses, aux = jax.tree.unflatten(self.traced.outputs, [losses, *aux])
         return losses, aux, jax.tree.unflatten(self.treedef, jacobian)
 
     def run_in_chunks(self, batch: tuple, chunk_size: int, groups: Groups) -> tuple:
-        """The losses, the auxiliary output, the Gramian and the pullback."""
+        """The losses, the flat auxiliary output, the Gramian and the pullback."""
+        at_once = 1 if chunk_size == 1 else None
         size, count = self.size, -(-self.size // chunk_size)
         short = count * chunk_size - size
 
@@ -205,14 +212,14 @@ class _Engine:
 
         def block_row(pair: tuple[jax.Array, tuple]) -> tuple:
             row, chunk = pair
-            losses, aux, jacobian = self.run(chunk, None)
+            losses, aux, jacobian = self.run(chunk, at_once)
             own = groups.apply(gramian, jacobian)
 
             def block(pair: tuple[jax.Array, tuple]) -> Any:
                 column, chunk = pair
                 return lax.cond(
                     column > row,
-                    lambda: groups.apply(cross_gramian, jacobian, self.run(chunk, None)[2]),
+                    lambda: groups.apply(cross_gramian, jacobian, self.run(chunk, at_once)[2]),
                     # Half of each block of the diagonal: the other is added below.
                     lambda: jax.tree.map(
                         lambda matrix: jnp.where(column == row, matrix / 2, 0), own
@@ -231,13 +238,22 @@ class _Engine:
         def pull_back(weights: jax.Array) -> PyTree:
             def add(total: PyTree, part: tuple) -> tuple[PyTree, None]:
                 weights, chunk = part
-                rows = self.factored().run(chunk, None)[2]
-                return jax.tree.map(jnp.add, total, combine(weights, rows)), None
+                rows = self.factored().run(chunk, at_once)[2]
+                return jax.tree.map(jnp.add, total, wide_combination(weights, rows)), None
 
             padded = jnp.concatenate([weights, jnp.zeros((short,), weights.dtype)])
-            zeros = jax.tree.unflatten(self.treedef, map(jnp.zeros_like, self.leaves))
             parts = (padded.reshape(count, chunk_size), chunks)
-            return lax.scan(add, zeros, parts)[0]
+            dtype = jnp.result_type(jnp.float32, weights.dtype)
+            zeros = [
+                jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, dtype))
+                for leaf in self.leaves
+            ]
+            total, _ = lax.scan(add, jax.tree.unflatten(self.treedef, zeros), parts)
+            return jax.tree.map(
+                lambda total, leaf: total.astype(leaf.dtype),
+                total,
+                jax.tree.unflatten(self.treedef, self.leaves),
+            )
 
         def pullback(weights: Any) -> PyTree:
             return groups.spread(weights, size, pull_back)
@@ -248,3 +264,11 @@ class _Engine:
             jax.tree.map(assemble, blocks),
             pullback,
         )
+
+
+def _is_array(leaf: Any) -> bool:
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True

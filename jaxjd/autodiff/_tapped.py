@@ -10,20 +10,26 @@ import jax.numpy as jnp
 
 from jaxjd.autodiff import _parts as parts
 from jaxjd.autodiff._forms import Choice, check_form, choose
-from jaxjd.autodiff._owners import inline, variables
+from jaxjd.autodiff._owners import inline
 from jaxjd.autodiff._taps import Plan, Taps, evaluate, find, prune
 from jaxjd.autodiff._tasks import (
     batch_size,
     check_differentiable,
-    check_pair,
     count_losses,
-    map_in_chunks,
-    task_basis,
+    map_tasks,
     vary_like,
+    with_losses,
 )
 from jaxjd.base import PyTree
 from jaxjd.checks import check_function
 from jaxjd.linalg.factored import FactoredLeaf
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 class Traced(NamedTuple):
@@ -33,11 +39,13 @@ class Traced(NamedTuple):
       jaxpr: The jaxpr with its constants.
       outputs: The structure of ``(losses, aux)``.
       num_losses: How many of the flat outputs are losses.
+      objects: What is no output of the jaxpr, by its place in ``(losses, aux)``: what is no array.
     """
 
     jaxpr: Any
     outputs: Any
     num_losses: int
+    objects: dict[int, Any]
 
     @property
     def num_tasks(self) -> int:
@@ -46,20 +54,60 @@ class Traced(NamedTuple):
     def split(self, flat: list[Any]) -> tuple[list[Any], list[Any]]:
         return flat[: self.num_losses], flat[self.num_losses :]
 
+    def join(self, arrays: list[Any]) -> tuple[Any, Any]:
+        """``(losses, aux)`` from the outputs of the jaxpr."""
+        rest = iter(arrays)
+        leaves = [
+            self.objects[place] if place in self.objects else next(rest)
+            for place in range(self.outputs.num_leaves)
+        ]
+        return jax.tree.unflatten(self.outputs, leaves)
 
-def trace(fn: Callable[..., Any], args: PyTree, has_aux: bool) -> Traced:
-    """Traces ``fn(*args)``; the arguments' leaves, flat, are those of the jaxpr."""
+
+def trace(
+    fn: Callable[..., Any],
+    args: PyTree,
+    has_aux: bool,
+    is_output: Callable[[Any], bool] = lambda leaf: isinstance(leaf, jax.Array),
+    way_out: str = "or pass form='dense' outside of jax.jit, which runs it on values",
+) -> Traced:
+    """Traces ``fn(*args)``; the arguments' leaves, flat, are those of the jaxpr.
+
+    Args:
+      fn: The function.
+      args: Its arguments.
+      has_aux: Whether it returns auxiliary output.
+      is_output: Which leaves of the auxiliary output come out of the jaxpr.
+      way_out: What else to do where the function needs values to be traced.
+
+    Raises:
+      ValueError: If the function needs values that are known without tracing.
+    """
     leaves, treedef = jax.tree.flatten(args)
     seen: list[Any] = []
+    losses_fn = with_losses(fn, has_aux)
 
     def flat_fn(*leaves: Any) -> list[Any]:
-        found = fn(*jax.tree.unflatten(treedef, leaves))
-        losses, aux = check_pair(found) if has_aux else (found, None)
+        found = losses_fn(*jax.tree.unflatten(treedef, leaves))
+        losses, aux = found if has_aux else (found, None)
         count_losses(losses)  # Reports what is no loss with its path.
-        seen.append((jax.tree.structure((losses, aux)), len(jax.tree.leaves(losses))))
-        return jax.tree.leaves((losses, aux))
+        num_losses = len(jax.tree.leaves(losses))
+        flat, outputs = jax.tree.flatten((losses, aux))
+        objects = {
+            place: leaf
+            for place, leaf in enumerate(flat)
+            if place >= num_losses and not is_output(leaf)
+        }
+        seen.append((outputs, num_losses, objects))
+        return [leaf for place, leaf in enumerate(flat) if place not in objects]
 
-    jaxpr = jax.make_jaxpr(flat_fn)(*leaves)
+    try:
+        jaxpr = jax.make_jaxpr(flat_fn)(*leaves)
+    except _NEEDS_VALUES as error:
+        raise ValueError(
+            "The function needs values where it is traced, in an `if` or a conversion to a Python "
+            f"number, say ({type(error).__name__}): use jax.lax.cond or jnp.where, {way_out}."
+        ) from error
     return Traced(jaxpr, *seen[-1])
 
 
@@ -172,16 +220,15 @@ def tapped_jacobian(
     leaves, treedef = jax.tree.flatten(args)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     program, consts = inline(traced.jaxpr)
-    if set(variables(program.outvars[: traced.num_losses])).isdisjoint(program.invars):
+    if parts.can_cut(program, traced.num_losses):
         outputs, jacobian = parts.jacobian(
             program, consts, leaves, (), traced.num_losses, chunk_size, form
         )
-        losses, aux = traced.split(outputs)
-        losses, aux = jax.tree.unflatten(traced.outputs, [*losses, *aux])
+        losses, aux = traced.join(outputs)
         return losses, aux, jax.tree.unflatten(treedef, jacobian)
     whole = split(traced, len(leaves), traced.num_tasks, form)
     losses, pull_back, aux, inputs = whole.vjp(leaves)
-    dense, cotangents = map_in_chunks(pull_back, task_basis(losses), chunk_size)
+    dense, cotangents = map_tasks(pull_back, losses, chunk_size)
     jacobian = whole.jacobian(dense, inputs, cotangents)
-    losses, aux = jax.tree.unflatten(traced.outputs, [*losses, *aux])
+    losses, aux = traced.join([*losses, *aux])
     return losses, aux, jax.tree.unflatten(treedef, jacobian)

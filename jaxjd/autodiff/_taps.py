@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import source_info_util
 from jax.sharding import AxisType
 
 from jaxjd.linalg.factored import FactoredLeaf
@@ -134,8 +135,7 @@ class Site(NamedTuple):
     def is_explicitly_sharded(self) -> bool:
         """Whether the layer's shardings are part of its types."""
         avals = [var.aval for var in (*self.equation.invars, *self.equation.outvars)]
-        meshes = [getattr(getattr(aval, "sharding", None), "mesh", None) for aval in avals]
-        return any(AxisType.Explicit in mesh.axis_types for mesh in meshes if mesh is not None)
+        return any(map(is_explicit, avals))
 
     def leaf(
         self, inputs: jax.Array, cotangents: jax.Array, per_task: bool = False
@@ -179,6 +179,12 @@ class Recorder(NamedTuple):
     key: Hashable
 
 
+def is_explicit(aval: Any) -> bool:
+    """Whether the sharding over an explicit mesh is part of a type."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
 class Taps(NamedTuple):
     """What `find` found.
 
@@ -201,7 +207,9 @@ def find(jaxpr: Any, num_params: int) -> Taps:
     plan = _find(jaxpr, views, [var.aval for var in params], uses)
     sites, reasons = {}, {}
     for number, places in uses.items():
-        if len(places) == 1 and isinstance(places[0], Site):
+        if math.prod(params[number].aval.shape) == 0:
+            reasons[number] = "empty"
+        elif len(places) == 1 and isinstance(places[0], Site):
             sites[number] = places[0]
         elif not places:
             reasons[number] = "not used"
@@ -471,16 +479,18 @@ def _valid(
     site: Site, indices: jax.Array, cotangents: jax.Array, per_task: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Indices within the table, and no cotangents for those that were not."""
-    size = site.equation.invars[0].aval.shape[0]
     indices = indices[..., 0]
-    clipped = jnp.clip(indices, 0, size - 1).astype(jnp.int32)
-    if site.equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+    # In a narrow dtype the last row may have no index.
+    last = min(site.equation.invars[0].aval.shape[0] - 1, jnp.iinfo(indices.dtype).max)
+    clipped = jnp.clip(indices, 0, last)
+    # The backward pass of a gather drops what is outside, unless it clips.
+    if site.equation.params["mode"] != lax.GatherScatterMode.CLIP:
         inside = clipped == indices
         if not per_task:
             inside = inside[None]
         inside = jnp.expand_dims(inside, range(inside.ndim, cotangents.ndim))
         cotangents = jnp.where(inside, cotangents, 0)
-    return clipped, cotangents
+    return clipped.astype(jnp.int32), cotangents
 
 
 def bind(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
@@ -490,10 +500,21 @@ def bind(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
     functions: Sequence[Any] = ()
     if isinstance(params, tuple):  # Some versions of JAX keep functions apart.
         functions, params = params
-    context = getattr(equation, "ctx", None)
-    with contextlib.nullcontext() if context is None else context.manager:
+    with context_of(equation):
         results = primitive.bind(*functions, *operands, **params)
     return results if primitive.multiple_results else [results]
+
+
+@contextlib.contextmanager
+def context_of(equation: Any) -> Generator[None]:
+    """What was set where an equation was traced: the line, the names of scopes, options of JAX."""
+    info, context = equation.source_info, getattr(equation, "ctx", None)
+    names = source_info_util.current_name_stack() + info.name_stack
+    with (
+        source_info_util.user_context(info.traceback, name_stack=names),
+        contextlib.nullcontext() if context is None else context.manager,
+    ):
+        yield
 
 
 def evaluate(
@@ -526,14 +547,19 @@ def evaluate(
             results = bind(equation, operands)
         elif isinstance(entry, Recorder):
             inputs[entry.key] = operands
-            results = [bind(equation, operands)[0] + taps[entry.key]]
+            (output,) = bind(equation, operands)
+            with context_of(equation):
+                results = [output + taps[entry.key]]
         elif isinstance(entry, Site):
             leaf = entry.view.leaf
             inputs[leaf] = operands[1 - entry.position]
-            results = [bind(equation, operands)[0] + taps[leaf]]
+            (output,) = bind(equation, operands)
+            with context_of(equation):
+                results = [output + taps[leaf]]
         else:
             inner = {leaf: taps[leaf] for leaf in _leaves(entry)}
-            results, found = _evaluate_inside(equation, operands, entry, inner)
+            with context_of(equation):
+                results, found = _evaluate_inside(equation, operands, entry, inner)
             inputs |= found
         values.update(zip(equation.outvars, results, strict=True))
     return [read(var) for var in jaxpr.outvars], inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +12,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.base import PyTree
-from jaxjd.checks import check_static_int, path_name, type_name
+from jaxjd.checks import check_static_int, is_mutable_state, path_name, type_name
 
 
 def check_differentiable(params: PyTree) -> None:
-    """Checks that every leaf is a real floating point array.
+    """Checks that every leaf is a real floating point array, and none a model's mutable state.
 
     Raises:
       ValueError: If one is not; its path is named.
     """
-    for path, leaf in jax.tree.leaves_with_path(params):
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_mutable_state):
+        if is_mutable_state(leaf):
+            raise ValueError(
+                f"Parameter leaf '{path_name(path)}': expected an nnx.Param, found "
+                f"{type(leaf).__name__}, state of the model that would stand still. "
+                "`jaxjd.integrations.nnx.value_and_jacobian` (and every other engine there) takes "
+                "a whole model; by hand, split it: `nnx.split(model, nnx.Param, ...)`."
+            )
         array = isinstance(leaf, (float, int)) or hasattr(leaf, "dtype")
         if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
@@ -47,21 +55,59 @@ def count_losses(losses: PyTree) -> int:
     return m
 
 
-def task_basis(losses: PyTree) -> PyTree:
-    """Returns the `m` unit cotangents of the losses, stacked along a leading axis.
+def as_losses(losses: PyTree) -> PyTree:
+    """Makes arrays of losses that are Python numbers, as a term that is switched off is one."""
+    leaves = jax.tree.leaves(losses)
+    floating = [
+        leaf
+        for leaf in leaves
+        if isinstance(leaf, float)
+        or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
+    ]
+    if not floating or all(hasattr(leaf, "dtype") for leaf in leaves):
+        return losses
+    dtype = jnp.result_type(*floating)
+
+    def as_loss(leaf: Any) -> Any:
+        is_number = isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
+        return jnp.asarray(leaf, dtype) if is_number and not hasattr(leaf, "dtype") else leaf
+
+    return jax.tree.map(as_loss, losses)
+
+
+def map_tasks(pull_back: Callable[[PyTree], Any], losses: PyTree, chunk_size: int | None) -> Any:
+    """Maps a pullback over the `m` unit cotangents of the losses, stacked along a leading axis.
 
     Raises:
       ValueError: If a loss is not floating point or there are none.
     """
-    m = count_losses(losses)
+    # Made one by one: a basis would have m * m entries.
+    numbers = jnp.arange(count_losses(losses))
+    return map_in_chunks(lambda task: pull_back(unit(losses, task)), numbers, chunk_size)
+
+
+def unit(losses: PyTree, task: jax.Array) -> PyTree:
+    """The cotangent of one task: one for its loss and zero for the others."""
     leaves, treedef = jax.tree.flatten(losses)
-    basis, offset = [], 0
+    found, offset = [], 0
     for leaf in leaves:
         size = math.prod(leaf.shape)
-        block = jnp.eye(m, size, k=-offset, dtype=leaf.dtype).reshape(m, *leaf.shape)
-        basis.append(vary_like(block, leaf))
+        places = jnp.arange(offset, offset + size).reshape(leaf.shape)
+        found.append(vary_like((places == task).astype(leaf.dtype), leaf))
         offset += size
-    return jax.tree.unflatten(treedef, basis)
+    return jax.tree.unflatten(treedef, found)
+
+
+def spread(weights: jax.Array, losses: PyTree) -> PyTree:
+    """The weights as cotangents of the losses."""
+    leaves, treedef = jax.tree.flatten(losses)
+    found, offset = [], 0
+    for leaf in leaves:
+        size = math.prod(leaf.shape)
+        part = weights[offset : offset + size].reshape(leaf.shape)
+        found.append(vary_like(part.astype(leaf.dtype), leaf))
+        offset += size
+    return jax.tree.unflatten(treedef, found)
 
 
 def vary_like(array: jax.Array, like: Any) -> jax.Array:
@@ -87,11 +133,50 @@ def example_of(batch: PyTree) -> PyTree:
 
 
 def map_in_chunks(fn: Callable[[Any], Any], stacked: PyTree, chunk_size: int | None) -> Any:
-    """Maps a function over the leading axis, `chunk_size` entries at a time."""
+    """Maps a function over the leading axis, `chunk_size` entries at a time.
+
+    With a `chunk_size` of 1 the function is called for one entry at a time and is not batched.
+
+    Raises:
+      ValueError: If the function cannot be batched, though it runs for a single entry.
+    """
+    if chunk_size == 1:
+        return lax.map(fn, stacked)
     size = jax.tree.leaves(stacked)[0].shape[0]
+    batched = functools.partial(_batched, fn)
     if chunk_size is None or chunk_size >= size:
+        return batched(stacked)
+    # Not lax.map(..., batch_size=...), which divides by the size of what may be empty.
+    whole = size - size % chunk_size
+
+    def cut(array: jax.Array) -> jax.Array:
+        return array[:whole].reshape(whole // chunk_size, chunk_size, *array.shape[1:])
+
+    found = lax.map(batched, jax.tree.map(cut, stacked))
+    found = jax.tree.map(lambda array: array.reshape(whole, *array.shape[2:]), found)
+    if whole == size:
+        return found
+    last = batched(jax.tree.map(lambda array: array[whole:], stacked))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), found, last)
+
+
+def _batched(fn: Callable[[Any], Any], stacked: PyTree) -> Any:
+    try:
         return jax.vmap(fn)(stacked)
-    return lax.map(fn, stacked, batch_size=chunk_size)
+    except Exception as error:
+        # Rules for batching fail in ways of their own; whether one entry runs tells them apart.
+        try:
+            jax.eval_shape(lambda stacked: lax.map(fn, stacked), stacked)
+        except Exception:
+            runs = False
+        else:
+            runs = True
+        if not runs:
+            raise
+        raise ValueError(
+            f"The function cannot be batched ({type(error).__name__}): pass chunk_size=1, which "
+            "takes one loss at a time as jax.grad does."
+        ) from error
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:
@@ -108,6 +193,19 @@ def vjp(fn: Callable[..., Any], *primals: Any, has_aux: bool) -> tuple[Any, Call
     if has_aux:
         return jax.vjp(lambda *args: check_pair(fn(*args)), *primals, has_aux=True)
     return *jax.vjp(fn, *primals), None
+
+
+def with_losses(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The function with losses that are arrays, and a check of the pair that it returns."""
+
+    def losses_fn(*args: Any) -> Any:
+        found = fn(*args)
+        if not has_aux:
+            return as_losses(found)
+        losses, aux = check_pair(found)
+        return as_losses(losses), aux
+
+    return losses_fn
 
 
 def check_pair(found: Any) -> Any:

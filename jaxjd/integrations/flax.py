@@ -1,4 +1,4 @@
-"""Jacobians in flax's training state; the only module that imports flax."""
+"""Jacobians in the training state of flax linen."""
 
 from __future__ import annotations
 

@@ -225,6 +225,13 @@ def combine(weights: jax.Array, jacobian: Jacobian) -> PyTree:
       [8. 3.]
     """
     check_weights("weights", weights, count_tasks(jacobian))
+    return jax.tree.map(
+        lambda wide, leaf: wide.astype(leaf.dtype), wide_combination(weights, jacobian), jacobian
+    )
+
+
+def wide_combination(weights: jax.Array, jacobian: Jacobian) -> PyTree:
+    """The combination of the rows before it is rounded to the dtypes of the leaves."""
     return jax.tree.map(lambda leaf: _leaf_combination(weights, leaf), jacobian)
 
 
@@ -345,7 +352,7 @@ def _leaf_combination(weights: jax.Array, leaf: Any) -> jax.Array:
         precision=_PRECISION,
         preferred_element_type=dtype,
         out_sharding=_explicit_sharding(leaf, spec),
-    ).astype(leaf.dtype)
+    )
 
 
 def _explicit_mesh(array: jax.Array) -> Any | None:

@@ -78,14 +78,11 @@ class FactoredLeaf(OpaqueLeaf):
     def products(self, rows: jax.Array, dtype: Any) -> jax.Array:
         """The inner products with `k` dense rows, shape ``(m, k)``: none of its own is made."""
         # The transpose of the combination, <w^T J, r> = <w, J r>.
-        combined, transposed = jax.vjp(self._combine, jnp.zeros(self.shape[:1], dtype))
+        combined, transposed = jax.vjp(self.combine, jnp.zeros(self.shape[:1], dtype))
         return jax.vmap(lambda row: transposed(row)[0], out_axes=1)(rows.astype(combined.dtype))
 
     def combine(self, weights: jax.Array) -> jax.Array:
-        """The combination of the rows, shaped like the parameter."""
-        return self._combine(weights).astype(self.dtype)
-
-    def _combine(self, weights: jax.Array) -> jax.Array:
+        """The combination of the rows, shaped like the parameter; at least float32."""
         dtype = jnp.result_type(jnp.float32, weights.dtype, self.dtype)
         cotangents = self.cotangents.astype(dtype)
         if self.per_task:

@@ -105,7 +105,7 @@ def tensor(model: Model, m: int, devices: int, split: int) -> Traffic:
 
 
 def no_jacobian(model: Model, m: int, devices: int) -> Traffic:
-    """``value_and_gramian(method="vector_products")``: a gradient per task, and the update's."""
+    """``value_and_gramian(form="products")``: a gradient per task, and the update's."""
     sent = (m + 1) * all_reduce(model.size, devices) + all_reduce(m * m, devices)
     return Traffic(sent, model.size * WIDTH)
 
@@ -191,7 +191,7 @@ def compile_tensor() -> Any:
 
 def compile_no_jacobian() -> Any:
     # All tasks at once: in a loop the text of the program has the collectives of one.
-    engine = jaxjd.value_and_gramian(losses_fn, method="vector_products", chunk_size=M)
+    engine = jaxjd.value_and_gramian(losses_fn, form="products", chunk_size=M)
 
     def run(params: Any, x: jax.Array) -> Any:
         _, gramian, pullback = engine(params, x)

@@ -209,12 +209,12 @@ def _gramian(model: Model, method: str, solve: bool = True) -> Step:
 
     def step(params: Any, batch: Any) -> tuple:
         if not isinstance(params, dict) or "heads" not in params:
-            engine = jaxjd.value_and_gramian(model.losses, method=method)
+            engine = jaxjd.value_and_gramian(model.losses, form=method)
             losses, gramian, pullback = engine(params, batch)
             weights = _weights(gramian) if solve else jnp.full_like(losses, 1 / losses.size)
             return losses, pullback(weights), gramian
         labels = {"trunk": "trunk", "heads": "heads"}
-        engine = jaxjd.value_and_gramian(model.losses, method=method, labels=labels)
+        engine = jaxjd.value_and_gramian(model.losses, form=method, labels=labels)
         losses, gramians, pullback = engine(params, batch)
         ones = jnp.ones_like(losses)
         weights = {"trunk": _weights(gramians["trunk"]), "heads": ones}
@@ -340,7 +340,7 @@ def variants_of(case: Case) -> list[Variant]:
         ]
         engine = _examples(model, "auto", solve=False)
         return [*variants, Variant("jaxjd auto without UPGrad", "plain", engine)]
-    methods = METHODS if case.kind == "tensors" else (*METHODS, "vector_products")
+    methods = METHODS if case.kind == "tensors" else (*METHODS, "products")
     variants.append(Variant("jax jacrev", "together", _jacrev(model)))
     variants += [
         Variant(f"jaxjd {method}", "together", _gramian(model, method)) for method in methods

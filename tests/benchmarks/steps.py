@@ -34,7 +34,7 @@ neural-tangents (0.6.5, the last release) is no peer: it does not import with ja
 ``neural_tangents/_src/empirical.py`` imports ``Jaxpr``, ``JaxprEqn``, ``Literal``, ``Value`` and
 ``Var`` from ``jax.core``, which does not have them any more, and ``safe_map`` and ``safe_zip`` from
 ``jax.util``, which is gone. Of its algorithms, Jacobian contraction is the dense form and
-NTK-vector products is ``"vector_products"``; structured derivatives resembles the factored form.
+NTK-vector products is ``"products"``; structured derivatives resembles the factored form.
 """
 
 from __future__ import annotations
