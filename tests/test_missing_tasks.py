@@ -13,7 +13,7 @@ import jaxjd
 from jaxjd import scalarizers as S
 from jaxjd import weightings as W
 from tests import registry
-from tests.registry import AGGREGATORS, M, by_name
+from tests.registry import AGGREGATORS, VARIANTS, M, by_name
 
 PARAMS = registry.example_params()
 LOSSES = jnp.array([1.0, 2.0, 0.5])
@@ -34,7 +34,14 @@ def numbers(tree) -> list[np.ndarray]:
     return [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
 
 
-@pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m.losses or m in VARIANTS else pytest.param(m, marks=pytest.mark.slow)
+        for m in AGGREGATORS
+    ],
+    ids=by_name,
+)
 def test_every_method_goes_on_when_a_task_is_missing(method):
     aggregator = method.aggregator(M)
 
