@@ -85,7 +85,7 @@ def constant(weights: jax.typing.ArrayLike) -> Weighting:
     def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         m = check_square("gramian", stat)
         check_length("weights", weights.shape[0], m)
-        # The zeros belong to the mesh of the call, and so does the sum, wherever `weights` was made.
+        # Zeros made here belong to the mesh of the call, wherever `weights` was made.
         return jnp.zeros((m,), stat.dtype) + weights.astype(stat.dtype), state
 
     return Weighting(stateless, update)
