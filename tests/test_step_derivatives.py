@@ -96,7 +96,7 @@ def test_derivatives_of_updates(method, m):
         J = np.stack(list(named.values()))
         D, c = rng.standard_normal(J.shape), rng.standard_normal((len(J), SIZE))
         fn = probe(method, m)
-        value, tangent, gradient = fn(J, D, c)
+        value, tangent, gradient = map(np.asarray, fn(J, D, c))
         ahead, behind = (np.asarray(fn(J + s * STEP * D, D, c)[0]) for s in (1, -1))
         difference = (ahead - behind) / (2 * STEP)
     for k, name in enumerate(named):
