@@ -13,6 +13,7 @@ from jaxjd.aggregators._weighted import check_num_tasks
 from jaxjd.base import Aggregator, PyTree, require_num_tasks, weight_dtype
 from jaxjd.checks import check_range, check_state, check_static_int, path_name, type_name
 from jaxjd.linalg.algebra import combine, count_tasks, gramian
+from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.linalg.sharded import local_rows, mark_like, num_shards, sum_leaves
 from jaxjd.weightings._conflict_free import conflict_free
 from jaxjd.weightings._rows import as_shaped
@@ -243,10 +244,10 @@ def _divide(
     pairs = list(zip(seconds, leaves, strict=True))
     size = max(1, sum(second.size * num_shards(leaf) for second, leaf in pairs))
     total = sum_leaves([jnp.sum(second).astype(dtype) for second in seconds], leaves)
-    small = jnp.asarray(eps, dtype) * jnp.sqrt(total / size)
+    small = jnp.asarray(eps, dtype) * safe_sqrt(total / size)
     divided = []
     for direction, second in zip(directions, seconds, strict=True):
-        root = jnp.sqrt(second) + small.astype(second.dtype)
+        root = safe_sqrt(second) + small.astype(second.dtype)
         divided.append(jnp.where(root == 0, 0, direction / jnp.where(root == 0, 1, root)))
     return divided
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_length, check_square
 from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.pseudo_inverse import solve
+from jaxjd.linalg.pseudo_inverse import reaches, solve
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 
@@ -56,13 +56,11 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
         if pref_vector is not None:
             check_length("pref_vector", pref_vector.shape[0], m)
             wanted = wanted * pref_vector.astype(stat.dtype)
-        eps = m * jnp.finfo(stat.dtype).eps
         x = solve(unit.cosines, wanted)
         # U^+ p = U^T x, of squared length x^T C x; its product with g_i is that with U times D.
         products = matmul(unit.cosines, x)
         square = jnp.sum(x * products)
-        # Rounding leaves something of a p that is orthogonal to the range.
-        defined = ~(square <= jnp.square(eps) * jnp.sum(jnp.square(wanted)))
+        defined = reaches(unit.cosines, x, wanted)
         factor = jnp.sum(unit.lengths * products) / jnp.where(defined, square, 1)
         return jnp.where(defined, factor, 0) * x * unit.inverse_lengths, state
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import check_square
-from jaxjd.linalg.min_norm import min_norm_weights
+from jaxjd.linalg.min_norm import min_norm_weights, min_norm_weights_of
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._losses import read_losses
 
@@ -32,7 +32,9 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
     Args:
       normalization: What the gradients are divided by to find the weights: nothing (``"none"``),
         their lengths (``"l2"``), the losses (``"loss"``) or both (``"loss+"``). The last two read
-        the extra argument ``losses``, shape ``(m,)`` or a pytree of `m` scalars, positive. Static.
+        the extra argument ``losses``, shape ``(m,)`` or a pytree of `m` scalars, positive. A
+        task whose loss is exactly zero, as one without labels in a batch, gets no weight: its
+        normalized gradient is infinitely long. If all are zero, none is divided. Static.
 
     Returns:
       A `Weighting`.
@@ -60,7 +62,13 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
             stat = jnp.where(jnp.diag(~unit.nonzero), 0, unit.cosines)
         if normalization in ("loss", "loss+"):
             losses = read_losses(extra_args, "mgda", m, stat.dtype)
-            stat = stat / losses[:, None] / losses[None, :]
+            # A loss of zero makes its row infinitely long, so that it gets no weight.
+            counts = (losses != 0) | jnp.all(losses == 0)
+            # Relative to the smallest, so that nothing overflows.
+            sizes = jnp.where(losses == 0, jnp.max(jnp.abs(losses)), jnp.abs(losses))
+            unit_loss = jnp.where(jnp.min(sizes) == 0, 1, jnp.min(sizes))
+            inverse = jnp.where(losses == 0, 1, unit_loss / jnp.where(losses == 0, 1, losses))
+            return min_norm_weights_of(stat * inverse[:, None] * inverse[None, :], counts), state
         return min_norm_weights(stat), state
 
     return Weighting(stateless, update)

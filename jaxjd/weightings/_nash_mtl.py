@@ -13,6 +13,7 @@ from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
 from jaxjd.linalg.fairness import fair_weights
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.scaling import safe_sqrt
 
 
 class NashMTLState(NamedTuple):
@@ -88,7 +89,7 @@ def nash_mtl(max_norm: float = 1.0, update_weights_every: int = 1) -> Weighting:
                 count=jnp.asarray(optax.safe_increment(state.count)),
                 weights=weights.astype(state.weights.dtype),
             )
-        norm = jnp.sqrt(jnp.maximum(matmul(weights, matmul(stat, weights)), 0))
+        norm = safe_sqrt(matmul(weights, matmul(stat, weights)))
         limit = jnp.asarray(max_norm, stat.dtype)
         clipped = (limit > 0) & (norm > limit)
         factor = jnp.where(clipped, limit / jnp.where(clipped, norm, 1), 1)
