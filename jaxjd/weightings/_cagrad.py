@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
 from jaxjd.linalg.nonnegative_qp import solve_from
 from jaxjd.linalg.pivoting import support_solver
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.residuals import worst_case_residual
 from jaxjd.linalg.scaling import unit_diagonal
 
 _MAX_STEPS = 40
@@ -57,7 +58,7 @@ def cagrad(c: float, rescale: Literal["none", "square", "linear"] = "none") -> W
     if rescale not in _RESCALE:
         raise ValueError(f"`rescale` must be one of {_RESCALE}, got {rescale!r}.")
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         unit = unit_diagonal(stat)
         longest = jnp.max(unit.lengths)
@@ -69,9 +70,11 @@ def cagrad(c: float, rescale: Literal["none", "square", "linear"] = "none") -> W
         radius = size * jnp.sqrt(jnp.maximum(matmul(mean, improvement), 0))
         inverse = unit.inverse_lengths * scale
         x = _best_worst_case(unit.cosines, improvement, inverse, radius)
-        return ((1 / m + x * inverse) / shrink).astype(stat.dtype), state
+        weights = ((1 / m + x * inverse) / shrink).astype(stat.dtype)
+        certificate = jax.tree_util.Partial(worst_case_residual, weights * shrink, stat, size)
+        return weights, state, certificate
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
 
 
 @jax.custom_jvp

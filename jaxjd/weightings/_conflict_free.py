@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_length, check_square
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.pseudo_inverse import solve
+from jaxjd.linalg.residuals import cosine_residual
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 
@@ -49,7 +50,7 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
     """
     pref_vector = check_preference(pref_vector)
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         unit = unit_diagonal(stat)
         wanted = unit.nonzero.astype(stat.dtype)
@@ -64,6 +65,15 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
         # Rounding leaves something of a p that is orthogonal to the range.
         defined = ~(square <= jnp.square(eps) * jnp.sum(jnp.square(wanted)))
         factor = jnp.sum(unit.lengths * products) / jnp.where(defined, square, 1)
-        return jnp.where(defined, factor, 0) * x * unit.inverse_lengths, state
+        weights = jnp.where(defined, factor, 0) * x * unit.inverse_lengths
+        return weights, state, jax.tree_util.Partial(_residual, weights, stat, wanted)
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
+
+
+def _residual(weights: jax.Array, gramian: jax.Array, wanted: jax.Array) -> jax.Array:
+    # |d|^2 is the sum of the products of the rows with d, w^T G w = 1^T G w.
+    products = matmul(gramian, weights)
+    size = jnp.sum(jnp.abs(products) * jnp.maximum(jnp.abs(weights), 1))
+    length = jnp.abs(jnp.sum(products * (weights - 1))) / jnp.where(size == 0, 1, size)
+    return jnp.maximum(cosine_residual(weights, gramian, wanted), length)

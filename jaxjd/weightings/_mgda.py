@@ -7,9 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square
 from jaxjd.linalg.min_norm import min_norm_weights
+from jaxjd.linalg.residuals import min_norm_residual
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._losses import read_losses
 
@@ -53,7 +54,7 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
             f"`normalization` must be one of {_NORMALIZATIONS}, got {normalization!r}."
         )
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         if normalization in ("l2", "loss+"):
             unit = unit_diagonal(stat)
@@ -61,6 +62,7 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
         if normalization in ("loss", "loss+"):
             losses = read_losses(extra_args, "mgda", m, stat.dtype)
             stat = stat / losses[:, None] / losses[None, :]
-        return min_norm_weights(stat), state
+        weights = min_norm_weights(stat)
+        return weights, state, jax.tree_util.Partial(min_norm_residual, weights, stat)
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
