@@ -141,17 +141,14 @@ class _Regularized:
 
 
 def projection_certificate(
-    projector: DualConeProjector,
-    V: jax.Array,
-    U: jax.Array,
-    G: jax.Array,  # noqa: N803
+    projector: DualConeProjector, projected: jax.Array, rows: jax.Array, gramian: jax.Array
 ) -> Certificate:
     """The certificate of a projection; None for a projector whose problem is not known."""
     if projector is not project_onto_dual_cone:
         if not isinstance(projector, _Regularized):
             return None
-        G = projector.problem(G)  # noqa: N806
-    return jax.tree_util.Partial(dual_cone_residual, V, U, G)
+        gramian = projector.problem(gramian)
+    return jax.tree_util.Partial(dual_cone_residual, projected, rows, gramian)
 
 
 def _check(U: jax.Array, G: jax.Array) -> tuple[jax.Array, int]:  # noqa: N803

@@ -66,14 +66,29 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
         defined = ~(square <= jnp.square(eps) * jnp.sum(jnp.square(wanted)))
         factor = jnp.sum(unit.lengths * products) / jnp.where(defined, square, 1)
         weights = jnp.where(defined, factor, 0) * x * unit.inverse_lengths
-        return weights, state, jax.tree_util.Partial(_residual, weights, stat, wanted)
+        certificate = jax.tree_util.Partial(
+            _residual, weights, x * unit.inverse_lengths, stat, wanted
+        )
+        return weights, state, certificate
 
     return Weighting(stateless, Certified(update))
 
 
-def _residual(weights: jax.Array, gramian: jax.Array, wanted: jax.Array) -> jax.Array:
-    # |d|^2 is the sum of the products of the rows with d, w^T G w = 1^T G w.
-    products = matmul(gramian, weights)
-    size = jnp.sum(jnp.abs(products) * jnp.maximum(jnp.abs(weights), 1))
-    length = jnp.abs(jnp.sum(products * (weights - 1))) / jnp.where(size == 0, 1, size)
-    return jnp.maximum(cosine_residual(weights, gramian, wanted), length)
+def _residual(
+    weights: jax.Array, direction: jax.Array, gramian: jax.Array, wanted: jax.Array
+) -> jax.Array:
+    """By how much the direction misses the cosines, and the weights its length.
+
+    Weights of zero are right as well, as far as no direction has the wanted cosines.
+    """
+    unit = unit_diagonal(gramian)
+    x, found = direction * unit.lengths, weights * unit.lengths
+    products = matmul(unit.cosines, x)
+    square = jnp.sum(x * products)
+    some = square > 0
+    factors = unit.lengths * products / jnp.where(some, square, 1)
+    size = jnp.sum(jnp.abs(factors)) * jnp.max(jnp.abs(x))
+    too_long = jnp.max(jnp.abs(found - jnp.sum(factors) * x)) / jnp.where(size > 0, size, 1)
+    solved = jnp.maximum(cosine_residual(direction, gramian, wanted), too_long)
+    none = jnp.where(jnp.any(weights != 0), solved, cosine_residual(weights, gramian, wanted))
+    return jnp.where(some, jnp.minimum(solved, none), none)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square
+from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.pseudo_inverse import solve
 from jaxjd.linalg.residuals import cosine_residual
 from jaxjd.linalg.scaling import unit_diagonal
@@ -50,6 +51,9 @@ def imtl_g() -> Weighting:
         v = x * unit.inverse_lengths * jnp.where(jnp.isfinite(shortest), shortest, 1)
         total = jnp.sum(v)
         defined = ~(jnp.abs(total) <= m * eps * jnp.sum(jnp.abs(v)))
+        # Rounding leaves something of ones that are orthogonal to the range.
+        square = jnp.sum(x * matmul(unit.cosines, x))
+        defined = defined & ~(square <= jnp.square(m * eps) * jnp.sum(ones))
         weights = jnp.where(defined, v / jnp.where(defined, total, 1), 0)
         return weights, state, jax.tree_util.Partial(_residual, weights, stat)
 
