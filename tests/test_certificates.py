@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -71,3 +73,377 @@ def answers(name: str, m: int, dtype: str):
     with jax.enable_x64(dtype == "float64"):
         weights, residual = solved(name)(jnp.asarray(G))
     return G.astype(np.float64), np.asarray(weights, np.float64), np.asarray(residual, np.float64)
+
+
+def unit_cosines(G: np.ndarray) -> np.ndarray:
+    lengths = np.sqrt(np.diagonal(G, axis1=-2, axis2=-1))
+    lengths = np.where(lengths > 0, lengths, 1)
+    return G / lengths[..., :, None] / lengths[..., None, :]
+
+
+@functools.cache
+def smallest(m: int, dtype: str) -> np.ndarray:
+    """The smallest eigenvalue, of unit rows, of any set of rows; those below rounding are zero."""
+    cosines = unit_cosines(answers("nash_mtl", m, dtype)[0])
+    found = np.ones(len(cosines))
+    for subset in itertools.product([False, True], repeat=m):
+        rows = np.flatnonzero(subset)
+        if len(rows) > 1:
+            values = np.linalg.eigvalsh(cosines[:, rows[:, None], rows[None, :]])
+            kept = np.where(values > 8 * m * np.finfo(dtype).eps, values, 1)
+            found = np.minimum(found, kept.min(axis=1))
+    return found
+
+
+def cases(names: tuple[str, ...], always: dict[str, tuple[str, ...]]) -> list:
+    """All methods in both dtypes, all but a few of them slow: most of the time is compilation."""
+    return [
+        pytest.param(name, dtype, marks=() if name in always[dtype] else pytest.mark.slow)
+        for name in names
+        for dtype in ("float32", "float64")
+    ]
+
+
+EQUATIONS = ("nash_mtl", "fairgrad(2)", "conflict_free", "imtl_g")
+PROGRAMS = tuple(name for name in SOLVERS if name not in EQUATIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    cases(PROGRAMS, {"float32": ("upgrad", "mgda", "cagrad(2)", "pcd"), "float64": ("mgda",)}),
+)
+def test_programs_are_solved_to_rounding(name, dtype):
+    _, weights, residual = answers(name, 4, dtype)
+    assert np.isfinite(weights).all()
+    assert (residual >= 0).all()
+    # A solution is as long as 1 / sigma, and its products are rounded relative to that. In float64
+    # more may be left next to exactly opposite rows.
+    bound = 32 * 4 * np.finfo(dtype).eps / np.sqrt(smallest(4, dtype))
+    bound = np.maximum(bound, 1e-9)
+    assert (residual <= bound).all(), np.flatnonzero(residual > bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [9, 20])
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "cagrad(0.5)", "cagrad(2)"])
+def test_programs_of_more_rows_are_solved_to_rounding(name, m):
+    _, weights, residual = answers(name, m, "float32")
+    assert np.isfinite(weights).all()
+    assert (residual >= 0).all()
+    assert (residual <= 64 * m * np.finfo("float32").eps).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    cases(EQUATIONS, {"float32": ("nash_mtl", "conflict_free", "imtl_g"), "float64": ()}),
+)
+def test_equations_are_solved_to_rounding_or_have_no_solution(name, dtype):
+    G, weights, residual = answers(name, 4, dtype)
+    assert np.isfinite(weights).all()
+    assert (residual >= 0).all()
+    # An equation is solved to the condition number.
+    eps = np.finfo(dtype).eps
+    bound = 32 * 4 * eps / smallest(4, dtype)
+    cosines, squares = unit_cosines(G), np.diagonal(G, axis1=1, axis2=2)
+    nonzero = squares > 0
+    if name in ("conflict_free", "imtl_g"):
+        # What of the wanted cosines is in the range, for equations that have no solution.
+        wanted = nonzero.astype(float)[..., None]
+        inside = np.linalg.pinv(cosines, rcond=8 * 4 * eps, hermitian=True) @ cosines @ wanted
+        inside = np.abs(inside).max(axis=(1, 2))
+        bound = bound / np.where(inside > np.sqrt(eps), inside, 1)
+        assert (residual <= bound).all(), np.flatnonzero(residual > bound)
+        return
+    # No solution exists where zero is in the convex hull of the rows that are not zero.
+    hull = np.array([hull_distance(C[n][:, n]) if n.any() else 1 for C, n in zip(cosines, nonzero)])
+    shortest = np.min(squares, axis=1, where=nonzero, initial=np.inf)
+    clear = (hull < 1e-9) | (bound < 0.1)
+    if name != "nash_mtl":  # A row that weighs far more than the others drowns their equations.
+        clear &= squares.max(axis=1) < 1e15 * shortest
+    solvable = clear & (hull >= 1e-9)
+    assert solvable.sum() > 40
+    assert (residual <= bound)[solvable].all(), np.flatnonzero(solvable & (residual > bound))
+    none = clear & (hull < 1e-9)
+    assert none.sum() > 15
+    assert (residual[none] > 0.4).all(), np.flatnonzero(none & (residual <= 0.4))
+
+
+def hull_distance(cosines: np.ndarray) -> float:
+    """The distance of zero from the hull, by all sets of rows that may carry the nearest point."""
+    m, best = len(cosines), np.inf
+    for subset in itertools.product([False, True], repeat=m):
+        rows = np.flatnonzero(subset)
+        if len(rows) == 0:
+            continue
+        block = cosines[np.ix_(rows, rows)]
+        border = np.ones((len(rows) + 1, len(rows) + 1))
+        border[1:, 1:], border[0, 0] = block, 0
+        w = np.linalg.lstsq(border, np.eye(len(rows) + 1)[0], rcond=1e-6)[0][1:]
+        if (w >= -1e-6).all() and abs(w.sum() - 1) < 1e-6:
+            best = min(best, w @ block @ w)
+    return max(best, 0)
+
+
+# A Jacobian of long and short rows with conflicts, where all four rows matter to every method.
+J_WRONG = np.array(
+    [[-4.0, 1.0, 1.0, 0.0], [6.0, 1.0, 1.0, 1.0], [0.0, 20.0, -10.0, 5.0], [0.3, 0.0, -0.1, -0.2]]
+)
+G_WRONG = J_WRONG @ J_WRONG.T
+
+
+def corrupted(x: np.ndarray) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    swapped = x.copy()
+    swapped[..., [0, 1]] = swapped[..., [1, 0]]
+    scaled = x.copy()
+    scaled[..., 1] *= 1.3
+    negative = x.copy()
+    negative[..., 2] = -x[..., 1]
+    return {
+        "perturbed": x * (1 + 0.1 * rng.uniform(0.5, 1, x.shape) * rng.choice([-1, 1], x.shape)),
+        "swapped": swapped,
+        "scaled": scaled,
+        "negative": negative,
+        "zero": np.zeros_like(x),
+    }
+
+
+def certificate_of(name):
+    """The answer, as the residual reads it, and the residual as a function of the answer."""
+    G = jnp.asarray(G_WRONG)
+    if name == "dual cone":
+        U = jnp.eye(4) / 4
+        return linalg.project_onto_dual_cone(U, G), lambda V: linalg.dual_cone_residual(V, U, G)
+    if name == "min norm":
+        return linalg.min_norm_weights(G), lambda w: linalg.min_norm_residual(w, G)
+    if name == "simplex":
+        x = jnp.array([0.4, 0.9, -0.3, 0.6])
+        return linalg.project_onto_simplex(x), lambda w: linalg.simplex_residual(w, x)
+    weighting = SOLVERS[name]()
+    weights, _, certificate = weighting.update.solve(G, weighting.init(4))
+    fn, (_, *data) = certificate.func, certificate.args
+    return weights, lambda w: fn(w, *data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dual cone", "min norm", "simplex", "nash_mtl", "fairgrad(2)", "conflict_free", "imtl_g"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("cagrad(2)", "pcd")],
+)
+def test_wrong_answers_have_a_large_residual(name):
+    with jax.enable_x64():
+        answer, residual = certificate_of(name)
+        residual = jax.jit(residual)
+        assert (residual(answer) < 1e-10).all()
+        for kind, wrong in corrupted(np.asarray(answer)).items():
+            found = residual(jnp.asarray(wrong))
+            assert (found > 5e-3).all(), (kind, found)
+
+
+def test_weights_that_cancel_are_no_solution_of_cagrad():
+    """Large weights along two opposite rows, as a solver that runs off returns them."""
+    J = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.3, 1.0, 0.0]])
+    for dtype in ("float32", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            G = jnp.asarray(J @ J.T, dtype)
+            residual = jax.jit(lambda w: residuals.worst_case_residual(w, G, 2.0))  # noqa: B023
+            # The update is [0, 0.25, 0]: the part of the mean along the opposite rows is taken out.
+            right = jnp.asarray([0.25, 0.325, 0.25, 0.25], dtype)
+            assert residual(right) < 32 * np.finfo(dtype).eps
+            off = jnp.asarray([3.5e5, 3.5e5, 0.25, 0.448], dtype).at[0].add(-0.1564)
+            assert residual(off) > 0.05
+            assert residual(right + jnp.asarray([0.02, 0, 0, 0], dtype)) > 0.01
+            assert residual(right.at[2].set(0)) < 1  # A zero row has no part in the update.
+
+
+def test_rows_of_all_lengths_count_alike():
+    """A violation is as large for a row of length 1e-3 as for one of length 1e3."""
+    with jax.enable_x64():
+        scale = jnp.array([1e3, 1.0, 1e-3, 1.0])
+        G = jnp.asarray(G_WRONG)
+        scaled = G * scale[:, None] * scale[None, :]
+        U, wrong = jnp.eye(4) / 4, jnp.eye(4) / 4 + 0.01
+        np.testing.assert_allclose(
+            linalg.dual_cone_residual(wrong / scale[None, :], U / scale[None, :], scaled),
+            linalg.dual_cone_residual(wrong, U, G),
+            rtol=1e-9,
+        )
+        weights = fair = jnp.array([0.3, 0.2, 0.1, 0.4])
+        np.testing.assert_allclose(
+            residuals.fairness_residual(weights / scale, scaled, 1.0),
+            residuals.fairness_residual(fair, G, 1.0),
+            rtol=1e-9,
+        )
+        for factor in (1e-8, 1e8):
+            np.testing.assert_allclose(
+                linalg.min_norm_residual(weights, factor * G),
+                linalg.min_norm_residual(weights, G),
+                rtol=1e-9,
+            )
+
+
+def test_zero_rows():
+    G = jnp.diag(jnp.array([1.0, 0.0]))
+    u = jnp.array([0.5, 0.5])
+    assert linalg.dual_cone_residual(u, u, G) == 0
+    assert linalg.dual_cone_residual(jnp.array([0.5, 1e6]), u, G) > 1  # It keeps its weight.
+    assert linalg.min_norm_residual(jnp.array([0.0, 1.0]), G) == 0
+    assert linalg.min_norm_residual(jnp.array([0.1, 0.9]), G) == 1
+    zeros = jnp.zeros((2, 2))
+    assert linalg.min_norm_residual(u, zeros) == 0
+    assert linalg.dual_cone_residual(u, u, zeros) == 0
+    for name in ("upgrad", "mgda", "cagrad(2)", "nash_mtl", "conflict_free", "imtl_g"):
+        assert diagnostics.solver_residual(SOLVERS[name](), zeros) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_certified(bad):
+    G = jnp.asarray(G_BASE, jnp.float32).at[0, 0].set(bad)
+    w = jnp.array([0.6, 0.4])
+    assert jnp.isnan(linalg.min_norm_residual(w, G))
+    assert jnp.isnan(linalg.dual_cone_residual(w, w, G))
+    assert jnp.isnan(linalg.simplex_residual(w, w.at[0].set(bad)))
+    assert jnp.isnan(residuals.fairness_residual(w, G, 1.0))
+    assert jnp.isnan(residuals.cosine_residual(w, G, jnp.ones(2)))
+    assert jnp.isnan(residuals.worst_case_residual(w, G, 1.0))
+    assert jnp.isnan(linalg.min_norm_residual(w.at[0].set(jnp.nan), jnp.eye(2)))
+
+
+def test_solutions():
+    G = jnp.asarray(G_BASE, jnp.float32)
+    U = jnp.eye(2)[None] / 2
+    solution = linalg.solve_dual_cone(U, G)
+    np.testing.assert_array_equal(solution.x, linalg.project_onto_dual_cone(U, G))
+    assert solution.residual.shape == (1, 2)
+    assert (solution.residual < 1e-6).all()
+    solution = linalg.solve_min_norm(G)
+    np.testing.assert_array_equal(solution.x, linalg.min_norm_weights(G))
+    assert solution.residual.shape == ()
+    solution = linalg.solve_simplex(jnp.array([[3.0, 1.0], [0.2, 0.1]]))
+    assert solution.residual.shape == (2,)
+    assert (solution.residual < 1e-6).all()
+
+
+def all_aggregators():
+    by_label = {"a": jaxjd.upgrad(), "b": jaxjd.mgda()}
+    return {
+        **{name: jaxjd.weighted(make(), num_tasks=2) for name, make in SOLVERS.items()},
+        "grouped": jaxjd.grouped(weightings.upgrad(), jaxjd.labels.by_tensor),
+        "partition": jaxjd.partition(by_label, {"a": "a", "b": "b"}),
+        "cr_mogm": jaxjd.weighted(weightings.cr_mogm(weightings.mgda()), num_tasks=2),
+        "moco": jaxjd.moco(projection="simplex", num_tasks=2),
+        "momentum_conflict_free": jaxjd.momentum_conflict_free(num_tasks=2),
+    }
+
+
+PARAMS = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+JACOBIAN = {"a": jnp.asarray(J_BASE, jnp.float32), "b": jnp.eye(2)}
+
+
+def primitives(aggregator) -> collections.Counter:
+    state = aggregator.init(PARAMS)
+    found = equations(lambda J: aggregator.update(J, state, PARAMS), JACOBIAN)
+    return collections.Counter(equation.primitive.name for equation in found)
+
+
+def test_an_update_does_not_trace_its_certificate(monkeypatch):
+    def asked(*args):
+        raise AssertionError("asked for the certificate")
+
+    monkeypatch.setattr(residuals, "_known", asked)
+    monkeypatch.setattr(_pcd, "_residual", asked)
+    for name, aggregator in all_aggregators().items():
+        state = aggregator.init(PARAMS)
+        jax.eval_shape(lambda J: aggregator.update(J, state, PARAMS), JACOBIAN)  # noqa: B023
+        with pytest.raises(AssertionError, match="asked"):
+            jax.eval_shape(
+                lambda J: diagnostics.solver_residual(aggregator, J, state, params=PARAMS),  # noqa: B023
+                JACOBIAN,
+            )
+            pytest.fail(name)
+
+
+def test_an_update_is_not_larger_for_its_certificate():
+    def plain(G):
+        return jnp.sum(linalg.project_onto_dual_cone(jnp.diag(jnp.full((2,), 0.5)), G), axis=0)
+
+    def update(G):
+        return weightings.upgrad().update(G, ())[0]
+
+    assert len(list(equations(update, jnp.eye(2)))) == len(list(equations(plain, jnp.eye(2))))
+
+
+def test_monitored_solves_once():
+    inside = primitives(diagnostics.monitored(jaxjd.mean(), num_tasks=2))
+    min_norm = [e.primitive.name for e in equations(linalg.min_norm_weights, jnp.eye(2))].count(
+        "while"
+    )
+    for name, aggregator in all_aggregators().items():
+        whole = primitives(diagnostics.monitored(aggregator, num_tasks=2))
+        alone = primitives(aggregator)
+        # What proves that nothing better exists for CAGrad and PCD is a problem of its own.
+        more = min_norm if name.startswith(("cagrad", "pcd")) else 0
+        assert whole["while"] == alone["while"] + inside["while"] + more, name
+        assert whole["eigh"] <= alone["eigh"] + inside["eigh"], name
+
+
+def test_monitored_keeps_the_residual():
+    def step(aggregator):
+        monitored = diagnostics.monitored(aggregator, num_tasks=2)
+        state = monitored.init(PARAMS)
+        assert state.solver_residual == 0
+        _, state = jax.jit(monitored.update)(JACOBIAN, state, PARAMS)
+        return state.solver_residual
+
+    assert 0 <= step(jaxjd.upgrad()) < 1e-6
+    by_label = {"a": jaxjd.mean(), "b": diagnostics.monitored(jaxjd.upgrad(), num_tasks=2)}
+    assert 0 <= step(jaxjd.partition(by_label, {"a": "a", "b": "b"})) < 1e-6
+    assert 0 <= step(jaxjd.grouped(weightings.upgrad(), jaxjd.labels.by_tensor)) < 1e-6
+    assert step(jaxjd.mean()) == -1
+    assert step(jaxjd.grouped(weightings.mean(), jaxjd.labels.by_tensor)) == -1
+    assert step(optax.chain(jaxjd.upgrad(), optax.identity())) == -1
+
+    @jaxjd.Certified
+    def wrong(gramian, state, **extra_args):
+        weights = linalg.min_norm_weights(gramian)[::-1]
+        residual = jax.tree_util.Partial(linalg.min_norm_residual, weights, gramian)
+        return weights, state, residual
+
+    weighting = jaxjd.Weighting(weightings.mgda().init, wrong)
+    assert step(jaxjd.weighted(weighting)) > 0.1
+    assert step(jaxjd.weighted(weightings.cr_mogm(weighting), num_tasks=2)) > 0.1
+    by_label = {"a": jaxjd.upgrad(), "b": jaxjd.weighted(weighting)}
+    jacobian = {"a": JACOBIAN["a"], "b": JACOBIAN["a"]}
+    aggregator = jaxjd.partition(by_label, {"a": "a", "b": "b"})
+    state = aggregator.init(jacobian)
+    assert diagnostics.solver_residual(aggregator, jacobian, state) > 0.1
+    aggregator = jaxjd.grouped(weighting, jaxjd.labels.by_tensor)
+    assert diagnostics.solver_residual(aggregator, jacobian, aggregator.init(jacobian)) > 0.1
+
+
+def test_the_residual_does_not_disturb_derivatives():
+    monitored = diagnostics.monitored(jaxjd.nash_mtl(), num_tasks=2)
+    state = monitored.init(PARAMS["a"])
+
+    def size(J):
+        update, after = monitored.update(J, state)
+        return jnp.sum(update**2) + 0 * after.solver_residual
+
+    slope = jax.grad(size)(jnp.asarray(J_BASE, jnp.float32))
+    assert jnp.isfinite(slope).all()
+
+
+def test_what_has_no_certificate():
+    G = jnp.asarray(G_BASE, jnp.float32)
+    for weighting in (
+        weightings.mean(),
+        weightings.pcgrad(0),
+        weightings.upgrad(projector=lambda U, G: U),  # Nobody knows what it solves.
+    ):
+        assert diagnostics.solver_residual(weighting, G, weighting.init(2)) == -1
+    every = weightings.nash_mtl(update_weights_every=2)
+    _, state = every.update(G, every.init(2))
+    assert diagnostics.solver_residual(every, G, every.init(2)) >= 0
+    assert diagnostics.solver_residual(every, G, state) == -1  # The weights are those before.
+    flat = weightings.flattening(weightings.mgda())
+    assert 0 <= diagnostics.solver_residual(flat, G, flat.init((2,))) < 1e-6
