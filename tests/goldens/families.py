@@ -4,8 +4,8 @@
         ...
 
 Every entry is a float32 number, so float32 and float64 are asked the same question. Zero, repeated,
-parallel and opposite rows are so exactly: rows are multiples of 2^-12 and factors small integers or
-powers of two. The matrices follow from the seed with NumPy alone, so that no file has to hold them.
+parallel and opposite rows are so exactly: rows are multiples of 2^-12 or 2^-16, and factors are
+small integers or powers of two. The matrices follow from the seed with NumPy alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 WIDTH = 20
 ROWS = (2, 3, 4, 5, 6, 7, 8)
+RADII = (0.0, 0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 5.0, 10.0)  # Of CAGrad's ball.
 ANGLES = (0.005, 0.05)  # Radians between a row and one that is nearly parallel or opposite.
 _RELATIONS = ("zero", "equal", "parallel", "opposite", "nearly opposite", "nearly parallel")
 
@@ -51,13 +52,12 @@ def by_rows(cases: list[Hard]) -> dict[int, np.ndarray]:
 
 def _draw(rng: np.random.Generator, m: int) -> Hard:
     n = int(rng.integers(2, WIDTH + 1))
-    grid = lambda rows: np.round(rows * 2.0**12) / 2.0**12
     J = rng.standard_normal((m, n))
     traits = set()
     if rng.random() < 0.3:
         J -= 0.95 * J.mean(axis=0)
         traits.add("short mean")
-    J = grid(J)
+    J = _rounded(J, 12)
     unbalanced = m == 2 or rng.random() < 0.9
     if not unbalanced:
         J[-1] = -J[:-1].sum(axis=0)
@@ -74,7 +74,12 @@ def _draw(rng: np.random.Generator, m: int) -> Hard:
         decades = rng.uniform(-3, 3, m) * (rng.random(m) < 0.7)
         J *= 2.0 ** np.round(np.log2(10) * decades)[:, None]
         traits.add("scaled")
-    return Hard(J.astype(np.float32).astype(np.float64), frozenset(traits))
+    assert np.array_equal(J, J.astype(np.float32))
+    return Hard(J, frozenset(traits))
+
+
+def _rounded(J: np.ndarray, bits: int) -> np.ndarray:
+    return np.round(J * 2.0**bits) / 2.0**bits
 
 
 def _related(rng: np.random.Generator, relation: str, row: np.ndarray) -> np.ndarray:
@@ -90,4 +95,6 @@ def _related(rng: np.random.Generator, relation: str, row: np.ndarray) -> np.nda
     aside -= row * (row @ aside) / (row @ row)
     aside *= np.linalg.norm(row) / np.linalg.norm(aside)
     angle = np.exp(rng.uniform(*np.log(ANGLES)))
-    return sign * rng.choice([0.5, 1, 3]) * (np.cos(angle) * row + np.sin(angle) * aside)
+    return (
+        sign * rng.choice([0.5, 1, 3]) * _rounded(np.cos(angle) * row + np.sin(angle) * aside, 16)
+    )
