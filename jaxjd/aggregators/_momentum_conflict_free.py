@@ -10,7 +10,14 @@ import optax
 from jax import lax
 
 from jaxjd.aggregators._weighted import check_num_tasks
-from jaxjd.base import Aggregator, PyTree, require_num_tasks, weight_dtype
+from jaxjd.base import (
+    Aggregator,
+    Certified,
+    PyTree,
+    require_num_tasks,
+    solve,
+    weight_dtype,
+)
 from jaxjd.checks import check_range, check_state, check_static_int, path_name, type_name
 from jaxjd.linalg.algebra import combine, count_tasks, gramian
 from jaxjd.linalg.scaling import safe_sqrt
@@ -152,10 +159,10 @@ def momentum_conflict_free(
         *,
         task: Any = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, MomentumConflictFreeState]:
+    ) -> tuple:
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
-            return updates, state
+            return updates, state, None
         check_state("`momentum_conflict_free`", state, MomentumConflictFreeState)
         moments, structure = jax.tree.flatten(state.first_moments)
         if task is None:
@@ -181,7 +188,7 @@ def momentum_conflict_free(
                 moved.append(lax.dynamic_update_index_in_dim(moment, row, task, 0))
 
         ready = jnp.all(task_counts > 0)
-        weights, _ = weighting.update(gramian(mark_like(moved, leaves)), ())
+        weights, _, certificate = solve(weighting.update, gramian(mark_like(moved, leaves)), ())
         count = jnp.where(ready, optax.safe_increment(state.count), state.count)
         dtype = weights.dtype
         # The plain gradient whose average moves as the direction has moved.
@@ -212,9 +219,9 @@ def momentum_conflict_free(
             direction=jax.tree.unflatten(structure, directions),
             second_moment=jax.tree.unflatten(structure, seconds),
         )
-        return jax.tree.unflatten(treedef, scaled), next_state
+        return jax.tree.unflatten(treedef, scaled), next_state, certificate
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
 def _zeros(param: Any) -> jax.Array:

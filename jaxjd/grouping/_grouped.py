@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxjd.aggregators._weighted import check_logged, check_num_tasks, read_stat, weighted
 from jaxjd.base import (
     Aggregator,
+    Certified,
     Jacobian,
     JacobianWeighting,
     PyTree,
     Weighting,
+    solve,
     stack_states,
     weight_dtype,
 )
@@ -93,10 +95,10 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
 
     def update(
         updates: Jacobian, state: GroupedState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, GroupedState]:
+    ) -> tuple:
         m = count_tasks(updates, params)
         if m is None:
-            return updates, state
+            return updates, state, None
         check_num_tasks(m, num_tasks)
         check_state("`grouped`", state, GroupedState)
         found = resolve(labels, skeleton(updates) if params is None else params)
@@ -120,8 +122,9 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
             return read_stat(weighting, cut, extra)
 
         stats = jnp.stack([stat_of(group) for group in groups])
-        solve = jax.vmap(lambda stat, inner: weighting.update(stat, inner, **extra_args))
-        weights, inner = solve(stats, state.weighting)
+        weights, inner, certificates = jax.vmap(
+            lambda stat, inner: solve(weighting.update, stat, inner, **extra_args)
+        )(stats, state.weighting)
         number = {group: place for place, group in enumerate(groups)}
         combined = [
             combine(weights[number[label]], leaf) for leaf, label in zip(leaves, found, strict=True)
@@ -129,9 +132,14 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
         logged: Any = ()
         if num_tasks is not None:
             logged = weights.astype(jnp.asarray(state.weights).dtype)
-        return jax.tree.unflatten(treedef, combined), GroupedState(logged, inner)
+        certificate = certificates and jax.tree_util.Partial(_residuals, certificates)
+        return jax.tree.unflatten(treedef, combined), GroupedState(logged, inner), certificate
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
+
+
+def _residuals(certificates: jax.tree_util.Partial) -> jax.Array:
+    return jax.vmap(lambda certificate: certificate())(certificates)
 
 
 def _pick(jacobian: Jacobian, treedef: Any, found: list[str], group: str) -> list[Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.base import Aggregator, Jacobian, PyTree
+from jaxjd.base import Aggregator, Certified, Jacobian, PyTree, solve
 from jaxjd.checks import check_state, path_name, type_name
 from jaxjd.labels import resolve
 
@@ -85,7 +85,7 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
 
     def update(
         updates: Jacobian, state: PartitionState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, PartitionState]:
+    ) -> tuple:
         check_state("`partition`", state, PartitionState)
         if sorted(state.inner_states) != sorted(transforms):
             raise ValueError(
@@ -102,23 +102,27 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
         paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
         shapes = None if params is None else [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         results: list[Any] = [None] * len(leaves)
-        inner_states = {}
+        inner_states, certificates = {}, {}
         for label, tx in transforms.items():
             cut_params = None if params is None else _cut(params, found, label)
             cut_extra = {
                 name: _cut_extra(value, treedef, found, label) for name, value in extra_args.items()
             }
-            new, inner_states[label] = tx.update(
-                _cut(updates, found, label), state.inner_states[label], cut_params, **cut_extra
+            new, inner_states[label], certificates[label] = solve(
+                tx.update,
+                _cut(updates, found, label),
+                state.inner_states[label],
+                cut_params,
+                **cut_extra,
             )
             places = [place for place, name in enumerate(found) if name == label]
             for place, leaf in zip(places, jax.tree.leaves(new), strict=True):
                 expected = None if shapes is None else shapes[place]
                 _check_shape(label, paths[place], leaf, leaves[place], expected)
                 results[place] = leaf
-        return jax.tree.unflatten(treedef, results), PartitionState(inner_states)
+        return jax.tree.unflatten(treedef, results), PartitionState(inner_states), certificates
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
 def skeleton(jacobian: Jacobian) -> PyTree:

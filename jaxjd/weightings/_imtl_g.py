@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square
 from jaxjd.linalg.pseudo_inverse import reaches, solve
+from jaxjd.linalg.residuals import cosine_residual
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -39,7 +40,7 @@ def imtl_g() -> Weighting:
       [0.5923 0.4077]
     """
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         unit = unit_diagonal(stat)
         eps = jnp.finfo(stat.dtype).eps
@@ -50,6 +51,13 @@ def imtl_g() -> Weighting:
         total = jnp.sum(v)
         defined = ~(jnp.abs(total) <= m * eps * jnp.sum(jnp.abs(v)))
         defined &= reaches(unit.cosines, x, ones)
-        return jnp.where(defined, v / jnp.where(defined, total, 1), 0), state
+        weights = jnp.where(defined, v / jnp.where(defined, total, 1), 0)
+        return weights, state, jax.tree_util.Partial(_residual, weights, stat)
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
+
+
+def _residual(weights: jax.Array, gramian: jax.Array) -> jax.Array:
+    total = jnp.sum(weights)
+    outside = jnp.where(jnp.any(weights != 0), jnp.abs(total - 1), 0)
+    return jnp.maximum(cosine_residual(weights, gramian, jnp.ones_like(weights)), outside)

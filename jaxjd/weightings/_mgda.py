@@ -7,9 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square
 from jaxjd.linalg.min_norm import min_norm_weights, min_norm_weights_of
+from jaxjd.linalg.residuals import min_norm_residual
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._losses import read_losses
 
@@ -55,7 +56,7 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
             f"`normalization` must be one of {_NORMALIZATIONS}, got {normalization!r}."
         )
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         if normalization in ("l2", "loss+"):
             unit = unit_diagonal(stat)
@@ -68,7 +69,13 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
             sizes = jnp.where(losses == 0, jnp.max(jnp.abs(losses)), jnp.abs(losses))
             unit_loss = jnp.where(jnp.min(sizes) == 0, 1, jnp.min(sizes))
             inverse = jnp.where(losses == 0, 1, unit_loss / jnp.where(losses == 0, 1, losses))
-            return min_norm_weights_of(stat * inverse[:, None] * inverse[None, :], counts), state
-        return min_norm_weights(stat), state
+            stat = stat * inverse[:, None] * inverse[None, :]
+            weights = min_norm_weights_of(stat, counts)
+            # What does not count asks for nothing, as another copy of a row with weight does.
+            places = jnp.where(counts, jnp.arange(m), jnp.argmax(weights))
+            stat = stat[places][:, places]
+        else:
+            weights = min_norm_weights(stat)
+        return weights, state, jax.tree_util.Partial(min_norm_residual, weights, stat)
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
