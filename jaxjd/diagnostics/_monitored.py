@@ -14,7 +14,7 @@ from jaxjd.diagnostics._change import predicted_change_by
 from jaxjd.diagnostics._conflict import conflict_rate, cosine_matrix
 from jaxjd.diagnostics._rank import effective_rank
 from jaxjd.diagnostics._stationarity import stationarity_gaps
-from jaxjd.linalg.algebra import count_tasks, gramian
+from jaxjd.linalg.algebra import count_rows, gramian, plain_leaves, without_plain
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -60,7 +60,9 @@ def monitored(
     """Keeps diagnostics of every call in the state of an aggregator, which works as before.
 
     They are functions of the Gramian of the Jacobian that comes in, which the compiler computes
-    once for them and for the aggregator, and of what the aggregator makes of it.
+    once for them and for the aggregator, and of what the aggregator makes of it. Around a
+    `jaxjd.partition` with plain gradients for some parameters (task heads), they are those of the
+    other parameters, which have a Jacobian: the cosines, and the part of every change, in them.
 
     Args:
       aggregator: Any aggregator, also within `jaxjd.partition`; or a chain that starts with one.
@@ -105,7 +107,8 @@ def monitored(
     def update(
         updates: Jacobian, state: MonitoredState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, MonitoredState]:
-        m = count_tasks(updates, params)
+        plain = plain_leaves(updates, params)
+        m = count_rows(updates, params, plain)
         if m is not None and m != num_tasks:
             raise ValueError(
                 f"`monitored` was made with num_tasks={num_tasks}, but the Jacobian has {m} rows "
@@ -114,7 +117,8 @@ def monitored(
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if m is None:
             return direction, state._replace(inner_state=inner_state)
-        found = _diagnose(updates, direction, learning_rate)
+        rows, moved = (without_plain(tree, plain) for tree in (updates, direction))
+        found = _diagnose(rows, moved, learning_rate)
         cast = jax.tree.map(lambda new, old: new.astype(jnp.asarray(old).dtype), found, state[1:])
         return direction, MonitoredState(inner_state, *cast)
 
