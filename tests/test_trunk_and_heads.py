@@ -100,7 +100,9 @@ def test_cross_jacobians_are_accumulated_in_the_same_layout():
     chex.assert_trees_all_close(state.inner_state, after, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("inner", [optax.clip_by_global_norm(0.1), optax.trace(0.9)], ids=str)
+@pytest.mark.parametrize(
+    "inner", [optax.clip_by_global_norm(0.1), optax.trace(0.9)], ids=["clip", "trace"]
+)
 def test_per_task_leaves_plain_gradients_as_they_are(inner):
     tx = jaxjd.per_task(inner, M)
     updates, _ = tx.update(MIXED, tx.init(PARAMS), PARAMS)
