@@ -22,7 +22,7 @@ from jaxjd.diagnostics._change import predicted_change_by
 from jaxjd.diagnostics._conflict import conflict_rate, cosine_matrix
 from jaxjd.diagnostics._rank import effective_rank
 from jaxjd.diagnostics._stationarity import stationarity_gaps
-from jaxjd.linalg.algebra import count_tasks, gramian
+from jaxjd.linalg.algebra import count_rows, gramian, plain_leaves, without_plain
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -72,7 +72,9 @@ def monitored(
 
     They are functions of the Gramian of the Jacobian that comes in, which the compiler computes
     once for them and for the aggregator, and of what the aggregator makes of it. The aggregator's
-    problem is solved once.
+    problem is solved once. Around a `jaxjd.partition` with plain gradients for some parameters
+    (task heads), they are those of the other parameters, which have a Jacobian: the cosines, and
+    the part of every change, in them.
 
     Args:
       aggregator: Any aggregator, also within `jaxjd.partition`; or a chain that starts with one.
@@ -117,7 +119,8 @@ def monitored(
     def update(
         updates: Jacobian, state: MonitoredState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple:
-        m = count_tasks(updates, params)
+        plain = plain_leaves(updates, params)
+        m = count_rows(updates, params, plain)
         if m is not None and m != num_tasks:
             raise ValueError(
                 f"`monitored` was made with num_tasks={num_tasks}, but the Jacobian has {m} rows "
@@ -129,7 +132,8 @@ def monitored(
         if m is None:
             return direction, state._replace(inner_state=inner_state), None
         residual = largest_residual(certificate, weight_dtype(updates))
-        found = (*_diagnose(updates, direction, learning_rate), residual)
+        rows, moved = (without_plain(tree, plain) for tree in (updates, direction))
+        found = (*_diagnose(rows, moved, learning_rate), residual)
         cast = jax.tree.map(lambda new, old: new.astype(jnp.asarray(old).dtype), found, state[1:])
         return direction, MonitoredState(inner_state, *cast), certificate
 

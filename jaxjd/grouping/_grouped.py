@@ -20,6 +20,7 @@ from jaxjd.base import (
     weight_dtype,
 )
 from jaxjd.checks import check_state
+from jaxjd.grouping._cut import cut, cut_extra_args
 from jaxjd.grouping._partition import skeleton
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks
@@ -110,16 +111,10 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
                 )
         check_logged(state.weights, () if num_tasks is None else (len(groups), m))
         leaves, treedef = jax.tree.flatten(updates)
-        pair = extra_args.get("cross_jacobians")
 
         def stat_of(group: str) -> Any:
-            cut = [leaf for leaf, label in zip(leaves, found, strict=True) if label == group]
-            extra = dict(extra_args)
-            if isinstance(pair, (tuple, list)):
-                extra["cross_jacobians"] = tuple(
-                    _pick(part, treedef, found, group) for part in pair
-                )
-            return read_stat(weighting, cut, extra)
+            extra = cut_extra_args(extra_args, updates, found, group)
+            return read_stat(weighting, cut(updates, found, group), extra)
 
         stats = jnp.stack([stat_of(group) for group in groups])
         weights, inner, certificates = jax.vmap(
@@ -140,13 +135,3 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
 
 def _residuals(certificates: jax.tree_util.Partial) -> jax.Array:
     return jax.vmap(lambda certificate: certificate())(certificates)
-
-
-def _pick(jacobian: Jacobian, treedef: Any, found: list[str], group: str) -> list[Any]:
-    leaves, structure = jax.tree.flatten(jacobian)
-    if structure != treedef:
-        raise ValueError(
-            f"`cross_jacobians` must have the structure of the Jacobian, {treedef}, found "
-            f"{structure}."
-        )
-    return [leaf for leaf, label in zip(leaves, found, strict=True) if label == group]
