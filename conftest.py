@@ -1,4 +1,4 @@
-"""Settings for all tests and doctests: 8 virtual CPU devices, no implicit rank promotion, a cache."""
+"""Settings for all tests and doctests: virtual devices, no implicit rank promotion, a cache."""
 
 import gc
 import hashlib
