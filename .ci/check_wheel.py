@@ -1,4 +1,4 @@
-"""Checks that a wheel holds the package and nothing else, and that its README's links are absolute."""
+"""Checks that a wheel holds the package and nothing else, and that its links are absolute."""
 
 import re
 import sys

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxjd
-from tests.registry import M, WEIGHTINGS
+from tests.registry import WEIGHTINGS, M
 
 pytestmark = [
     pytest.mark.tpu,
@@ -58,8 +58,8 @@ def arguments():
 
 
 def costs(fn) -> tuple[float, float]:
-    compiled = jax.jit(fn).lower(*arguments()).compile()
-    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+    analysis = jax.jit(fn).lower(*arguments()).compile().cost_analysis()
+    return analysis["flops"], analysis["bytes accessed"]
 
 
 def test_a_step_costs_what_it_should():
@@ -72,12 +72,12 @@ def test_a_step_costs_what_it_should():
         return jaxjd.value_and_jacobian(losses, form="auto")(params, x, out)[1]
 
     plain, _ = costs(jax.grad(lambda *args: jnp.mean(losses(*args))))
-    flops, memory = costs(functools.partial(step, auto))
-    dense_flops, dense_memory = costs(functools.partial(step, jax.jacrev(losses)))
+    flops, moved = costs(functools.partial(step, auto))
+    dense_flops, dense_moved = costs(functools.partial(step, jax.jacrev(losses)))
     # A forward pass, a backward pass without kernels' gradients per task, and one with them.
     assert plain < flops < 1.25 * (M + 2) / 3 * plain
     assert flops < 0.8 * dense_flops
-    assert memory < dense_memory / 4
+    assert moved < dense_moved / 2
 
 
 @pytest.mark.parametrize("method", WEIGHTINGS, ids=lambda method: method.name)
@@ -87,7 +87,9 @@ def test_weightings_compile(method):
     weighting = method.weighting()
     state = weighting.init(M, jnp.zeros(3))
     extra = {"losses": spec((M,))} if method.losses else {}
-    shapes = jax.tree.map(lambda leaf: spec(leaf.shape) if leaf.dtype == jnp.float32 else leaf, state)
+    shapes = jax.tree.map(
+        lambda leaf: spec(leaf.shape) if leaf.dtype == jnp.float32 else leaf, state
+    )
 
     def update(gramian, state, extra):
         return weighting.update(gramian, state, **extra)
