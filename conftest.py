@@ -1,8 +1,14 @@
-"""Settings for all tests and doctests: 8 virtual CPU devices and no implicit rank promotion."""
+"""Settings for all tests and doctests: virtual devices, no implicit rank promotion, a cache."""
 
 import gc
+import hashlib
+import importlib.metadata
 import itertools
 import os
+import pathlib
+import platform
+
+import pytest
 
 _flags = os.environ.get("XLA_FLAGS", "")
 # Before JAX starts: one device per process otherwise, and threads that fight over two cores.
@@ -11,7 +17,36 @@ if "xla_backend_optimization_level" not in _flags:
     # Compiling is most of the suite's time, and this halves it. For the code that users run, set
     # XLA_FLAGS=--xla_backend_optimization_level=3.
     _flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # Less to compile; later versions end the process at a flag that they do not know.
+        _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = _flags
+
+CACHE = pathlib.Path(__file__).parent / ".jax_cache"
+"""Compiled programs, for both workers and for later runs. JAX_ENABLE_COMPILATION_CACHE=0: none."""
+CACHE_BYTES = 2**30
+
+
+def _cpu():
+    """What machine code depends on: a program from a newer CPU crashes on an older one."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return [platform.machine(), platform.processor(), *sorted(features)]
+
+
+def _cache_of_this_machine():
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+    key = "\n".join([*versions, _flags, *_cpu()])
+    return CACHE / f"{versions[1]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+# In the environment, where tests that start processes pass them on. What the user set goes first.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_of_this_machine()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 
@@ -19,6 +54,34 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The doctest collector would import it, and PyTorch is no dependency of the tests.
 collect_ignore = ["tests/benchmarks/step_torchjd.py"]
+
+
+def pytest_configure(config):
+    """Bounds the cache: what was written first goes first.
+
+    JAX's own bound needs one more package, and takes a lock at every look-up.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    files = [(path.stat(), path) for path in CACHE.glob("*/*") if path.is_file()]
+    files.sort(key=lambda file: file[0].st_mtime, reverse=True)
+    total = itertools.accumulate(stat.st_size for stat, _ in files)
+    for (_, path), size in zip(files, total, strict=True):
+        if size > CACHE_BYTES:
+            path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def own_metadata():
+    """For tests that read scopes or source lines in compiled programs.
+
+    The cache takes programs that differ in nothing else for the same.
+    """
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
 
 
 _finished = itertools.count(1)

@@ -48,6 +48,7 @@ from jaxjd.autodiff import value_and_gramian as value_and_gramian
 from jaxjd.autodiff import value_and_jacobian as value_and_jacobian
 from jaxjd.base import Aggregator as Aggregator
 from jaxjd.base import AggregatorState as AggregatorState
+from jaxjd.base import Certified as Certified
 from jaxjd.base import CrossGramianWeighting as CrossGramianWeighting
 from jaxjd.base import JacobianWeighting as JacobianWeighting
 from jaxjd.base import Scalarizer as Scalarizer
@@ -78,6 +79,7 @@ except _PackageNotFoundError:  # Run from a checkout that is not installed.
 __all__ = [
     "Aggregator",
     "AggregatorState",
+    "Certified",
     "CrossGramianWeighting",
     "EnsureAggregatedState",
     "GradDropState",

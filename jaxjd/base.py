@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -26,6 +28,9 @@ Jacobian: TypeAlias = Any
 Gramian: TypeAlias = jax.Array
 """The ``(m, m)`` matrix of the inner products of the rows of a Jacobian."""
 
+Certificate: TypeAlias = Any
+"""A ``jax.tree_util.Partial`` that returns a residual, a pytree of such, or None."""
+
 
 class WeightingInit(Protocol):
     """The type of `Weighting.init`."""
@@ -41,6 +46,59 @@ class WeightingUpdate(Protocol):
     def __call__(self, stat: Any, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         """Returns the weights and the next state."""
         ...
+
+
+class Certified:
+    """An `update` that can also tell how well its answer solves the problem behind it.
+
+    It is called like any other `update` and returns the answer and the next state; the certificate
+    is then not even traced. `jaxjd.diagnostics.solver_residual` and `jaxjd.diagnostics.monitored`
+    ask for it, and whatever is made of a certified weighting passes it on.
+
+    Args:
+      solve: A function of the arguments of `update` that returns the answer, the next state, and
+        the certificate: a ``jax.tree_util.Partial`` of a module's function and arrays that returns
+        the residual of the answer, a non-negative scalar or array (the largest entry counts), or
+        None where no problem is solved.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxjd
+      >>> from jaxjd.linalg import min_norm_residual, min_norm_weights
+      >>> @jaxjd.Certified
+      ... def update(gramian, state, **extra_args):
+      ...     weights = min_norm_weights(gramian)
+      ...     return weights, state, jax.tree_util.Partial(min_norm_residual, weights, gramian)
+      >>> weighting = jaxjd.Weighting(lambda num_tasks, params=None: (), update)
+      >>> weights, _ = weighting.update(jnp.eye(2), ())
+      >>> print(weights, jaxjd.diagnostics.solver_residual(weighting, jnp.eye(2)))
+      [0.5 0.5] 0.0
+    """
+
+    def __init__(self, solve: Callable[..., tuple[Any, PyTree, Certificate]]):
+        """Makes an `update` of a function that returns a certificate as well."""
+        functools.update_wrapper(self, solve)
+        self.solve = solve
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        """Returns the answer and the next state."""
+        answer, state, _ = self.solve(*args, **kwargs)
+        return answer, state
+
+
+def solve(update: Callable, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Certificate]:
+    """Calls an `update`, and returns the certificate as well; None if it has none."""
+    if isinstance(update, Certified):
+        return update.solve(*args, **kwargs)
+    return (*update(*args, **kwargs), None)
+
+
+def largest_residual(certificates: PyTree, dtype: jnp.dtype) -> jax.Array:
+    """Returns the largest residual of a pytree of certificates, -1 if there are none."""
+    # Nobody differentiates it, and a derivative of zero must not become NaN on the way.
+    found = jax.lax.stop_gradient(certificates)
+    found = jax.tree.leaves(found, is_leaf=lambda node: isinstance(node, jax.tree_util.Partial))
+    residuals = [jnp.max(certificate()).astype(dtype) for certificate in found]
+    return functools.reduce(jnp.maximum, residuals, jnp.asarray(-1, dtype))
 
 
 class Weighting(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import jaxjd
 from jaxjd import weightings
@@ -358,3 +359,12 @@ def example_losses(params: Any) -> jax.Array:
 def by_name(method: Method) -> str:
     """The test id of a row."""
     return method.name
+
+
+def slow_but(quick: Any, params: Any) -> list:
+    """Parameters of a test: those that are named in `quick` run by default, the others are slow."""
+    name = lambda param: getattr(param, "name", param)
+    unknown = set(quick) - set(map(name, params))
+    assert not unknown, f"no such parameters: {unknown}"
+    slow = lambda param: pytest.param(param, marks=pytest.mark.slow, id=name(param))
+    return [param if name(param) in quick else slow(param) for param in params]

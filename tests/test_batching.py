@@ -84,7 +84,14 @@ def assert_a_loop(method: Method, found, expected: list) -> None:
             np.testing.assert_allclose(a, b, rtol=0, atol=BOUND * largest)
 
 
-@pytest.mark.parametrize("method", WEIGHTINGS, ids=by_name)
+NAMED_QUICK = [
+    pytest.param(method, id=method.name, marks=() if method in NAMED else pytest.mark.slow)
+    for method in WEIGHTINGS
+]
+"""By default the methods by name; what is made of them is slow."""
+
+
+@pytest.mark.parametrize("method", NAMED_QUICK)
 def test_over_jacobians_and_states(method):
     rows = [item(jacobians(), k) for k in range(COUNT)]
     # Every state comes from another Jacobian than the one of the call.
@@ -102,6 +109,7 @@ def test_over_jacobians_and_states(method):
         assert np.ptp(np.asarray(found[0]), axis=0).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in NAMED if m.name in VECTORS], ids=by_name)
 def test_over_preference_vectors(method):
     jacobian = item(jacobians(), 0)
@@ -116,6 +124,7 @@ def test_over_preference_vectors(method):
     assert np.ptp(np.asarray(found[0]), axis=0).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in NAMED if m.hyperparameters], ids=by_name)
 def test_over_every_scalar(method):
     """One batch, in which one hyper-parameter at a time differs from the registered values."""

@@ -48,7 +48,7 @@ CASES = {
     "nash_mtl": Case(W.nash_mtl, scalar=("max_norm", 0.7, 100.0)),
     "upgrad": Case(W.upgrad, preference=True),
 }
-SIZES = (2, 6)
+SIZES = (pytest.param(2, marks=pytest.mark.slow), 6)
 STEP = 3e-5
 
 all_cases = pytest.mark.parametrize("name", CASES)
@@ -114,9 +114,13 @@ def batched(name: str):
     return jax.jit(jax.vmap(functools.partial(differentiate, name)))
 
 
-@functools.cache
-def values(name: str):
-    return jax.jit(jax.vmap(functools.partial(weigh, name)))
+def values(name: str, point: tuple) -> np.ndarray:
+    """The weights alone, from the one program that there is for a method and a size.
+
+    The test against a loop compares them with those of the function that is not differentiated.
+    """
+    _, direction, cotangent, _ = inputs(name, point[0].shape[-1])
+    return batched(name)(point, direction, cotangent)[0]
 
 
 def inner(a, b) -> np.ndarray:
@@ -132,7 +136,7 @@ def test_derivatives_are_those_of_finite_differences(name, m):
     weights, tangent, gradient = batched(name)(point, direction, cotangent)
 
     def at(direction, step):
-        return values(name)(*jax.tree.map(lambda x, d: x + step * d, point, direction))
+        return values(name, jax.tree.map(lambda x, d: x + step * d, point, direction))
 
     def along(direction):
         """The central difference of fourth order."""
@@ -166,20 +170,20 @@ def test_forward_and_reverse_mode_agree(name, m):
     np.testing.assert_allclose(forward / size, reverse / size, rtol=1e-9, atol=1e-9)
 
 
-def test_the_points_are_of_both_kinds():
+@pytest.mark.parametrize("m", SIZES)
+def test_the_points_are_of_both_kinds(m):
     """Constraints are active at some points and at none of others, and so is the limit."""
-    for m in SIZES:
-        point, *_ = inputs("dualproj", m)
-        added = np.asarray(values("dualproj")(*point) - point[1]["pref_vector"]).max(axis=1)
-        assert (added == 0).any()
-        assert (added > 0).any()
-        if m > 2:
-            weights = np.asarray(values("mgda")(*inputs("mgda", m)[0]))
-            assert (weights == 0).any()
-        (gramians, arguments), *_ = inputs("nash_mtl", m)
-        weights = np.asarray(values("nash_mtl")(gramians, arguments))
-        norms = np.sqrt(np.einsum("ki,kij,kj->k", weights, gramians, weights))
-        np.testing.assert_allclose(norms, [0.7] * 3 + [np.sqrt(m)] * 3, rtol=1e-9)
+    point, *_ = inputs("dualproj", m)
+    added = np.asarray(values("dualproj", point) - point[1]["pref_vector"]).max(axis=1)
+    assert (added == 0).any()
+    assert (added > 0).any()
+    if m > 2:
+        weights = np.asarray(values("mgda", inputs("mgda", m)[0]))
+        assert (weights == 0).any()
+    (gramians, arguments), *_ = inputs("nash_mtl", m)
+    weights = np.asarray(values("nash_mtl", (gramians, arguments)))
+    norms = np.sqrt(np.einsum("ki,kij,kj->k", weights, gramians, weights))
+    np.testing.assert_allclose(norms, [0.7] * 3 + [np.sqrt(m)] * 3, rtol=1e-9)
 
 
 @all_cases
@@ -196,18 +200,21 @@ def test_no_loop_is_differentiated(name):
     assert loops(lambda p, c: jax.vjp(fn, *p)[1](c), point, cotangent) <= plain
 
 
+@pytest.mark.slow
 @all_cases
 def test_batched_derivatives_are_those_of_a_loop(name):
     point, direction, cotangent, lengths = inputs(name, 6)
     found = batched(name)(point, direction, cotangent)
     single = jax.jit(functools.partial(differentiate, name))
+    plain = jax.jit(functools.partial(weigh, name))
     scale = np.sum(np.abs(found[0]) * lengths, axis=1)
     for k in (0, 1, 5):
         weights, tangent, gradient = single(
             *jax.tree.map(lambda x, k=k: x[k], (point, direction, cotangent))
         )
         rows = jax.tree.map(lambda x, k=k: x[k], found)
-        for a, b in ((weights, rows[0]), (tangent, rows[1])):
+        undifferentiated = plain(*jax.tree.map(lambda x, k=k: x[k], point))
+        for a, b in ((weights, rows[0]), (undifferentiated, rows[0]), (tangent, rows[1])):
             np.testing.assert_allclose(a * lengths[k], b * lengths[k], atol=1e-9 * scale[k])
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(rows[2]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9 * np.abs(b).max())

@@ -576,7 +576,7 @@ def test_monitored_in_a_scan_with_factored_leaves_and_injected_hyperparameters()
     predicted = np.asarray(history[prefix + "predicted_change"])
     assert np.abs(change - predicted).max() < 0.15 * np.abs(change).max()
     figure = D.plot_diagnostics(history, names=["a", "b", "c"])
-    assert len(figure.axes) == 8
+    assert len(figure.axes) == 9
 
 
 def test_monitored_in_partition_and_around_it():

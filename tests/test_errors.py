@@ -353,6 +353,13 @@ FACTORIES = [
         "from jaxjd.weightings",
     ),
     case(
+        "solver_residual of a factory",
+        lambda: jaxjd.diagnostics.solver_residual(weightings.mean, EYE),
+        "`weighting` must be a weighting or an aggregator",
+        "called first",
+        "got function",
+    ),
+    case(
         "cr_mogm of a factory",
         lambda: weightings.cr_mogm(weightings.mean),
         "`weighting` must be a jaxjd.Weighting",

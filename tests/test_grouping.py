@@ -452,7 +452,9 @@ def test_partition_passes_other_extra_arguments_on():
         return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
     aggregator = jaxjd.partition(
-        {"trunk": spy("trunk"), "head": spy("head")}, {"encoder": "trunk", "decoder": "head"}
+        {"trunk": spy("trunk"), "head": spy("head")},
+        {"encoder": "trunk", "decoder": "head"},
+        cut_args=("noise",),
     )
     losses, noise = jnp.ones(M), random_jacobian(PARAMS, 7)
     aggregator.update(

@@ -28,7 +28,7 @@ from tests.registry import NAMED, Method
 from tests.rounding import UNFUSED
 
 hypothesis.settings.register_profile(
-    "deterministic", derandomize=True, deadline=None, max_examples=100, database=None
+    "deterministic", derandomize=True, deadline=None, max_examples=5, database=None
 )
 deterministic = hypothesis.settings.get_profile("deterministic")
 
@@ -156,16 +156,28 @@ def evaluate(name: str, jacobians, *, dtype=np.float32, order=None, batched=True
     return Results(*(leaf.astype(np.float64) for leaf in (J, weights, update)))
 
 
-def by_rows(cases) -> dict[int, list[np.ndarray]]:
-    groups: dict[int, list[np.ndarray]] = {}
-    for J in cases:
-        groups.setdefault(J.shape[0], []).append(J)
-    return groups
+def of(m: int, cases) -> list[np.ndarray]:
+    return [J for J in cases if J.shape[0] == m]
 
 
-def fitting(name: str, cases) -> list[np.ndarray]:
-    """The cases with as many rows as the method needs."""
-    return [J for J in cases if J.shape[0] >= CASES[name].row.min_tasks]
+QUICK = (4, 20)
+"""The row counts that are looked at by default. Each costs a program per method; the others are
+slow."""
+
+
+def row_counts(*counts: int) -> list:
+    return [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in counts]
+
+
+def over(names, *counts: int) -> pytest.MarkDecorator:
+    """Each method with each row count that it takes."""
+    params = []
+    for name in names:
+        for m in counts:
+            if m >= CASES[name].row.min_tasks:
+                marks = () if m in QUICK else pytest.mark.slow
+                params.append(pytest.param(name, m, id=f"{name}-{m}", marks=marks))
+    return pytest.mark.parametrize(("name", "m"), params)
 
 
 FAMILIES = matrices.families()
@@ -173,6 +185,7 @@ TYPICAL = [J for family in FAMILIES.values() for J in family]
 SCALED = [scale * J for J in FAMILIES["normal"] for scale in matrices.SCALES]
 DEGENERATE = matrices.degenerate()
 EVERYTHING = [*TYPICAL, *SCALED, *DEGENERATE.values()]
+ROWS = sorted({J.shape[0] for J in EVERYTHING})
 
 
 def generic(m: int, count: int, seed: int) -> list[np.ndarray]:
@@ -209,20 +222,20 @@ def assert_close(name: str, a: np.ndarray, b: np.ndarray, results: Results) -> N
     assert (difference <= UNFUSED * TOLERANCES.get(name, 2e-6) * results.terms).all()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_update_is_finite(name):
-    for jacobians in by_rows(fitting(name, EVERYTHING)).values():
-        results = evaluate(name, jacobians)
-        assert np.isfinite(results.weights).all()
-        assert np.isfinite(results.update).all()
+@over(CASES, *ROWS)
+def test_every_update_is_finite(name, m):
+    results = evaluate(name, of(m, EVERYTHING))
+    assert np.isfinite(results.weights).all()
+    assert np.isfinite(results.update).all()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_zero_jacobian_gives_a_zero_update(name):
-    for J in fitting(name, FAMILIES["zero"]):
-        assert not evaluate(name, [J]).update.any()
+@over(CASES, *(len(J) for J in FAMILIES["zero"]))
+def test_a_zero_jacobian_gives_a_zero_update(name, m):
+    (J,) = of(m, FAMILIES["zero"])
+    assert not evaluate(name, [J]).update.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if case.row.unit and case.row.min_tasks == 1]
 )
@@ -238,13 +251,12 @@ def test_a_single_row(name):
 NON_CONFLICTING = [name for name, case in CASES.items() if case.row.non_conflicting]
 
 
-@pytest.mark.parametrize("name", NON_CONFLICTING)
-def test_no_row_conflicts_by_more_than_rounding(name):
+@over(NON_CONFLICTING, *ROWS)
+def test_no_row_conflicts_by_more_than_rounding(name, m):
     # This bound is what rounding the Gramian and the weights to float32 costs: some ulps of the
     # terms, however short the update itself is.
-    for jacobians in by_rows(fitting(name, EVERYTHING)).values():
-        results = evaluate(name, jacobians)
-        assert (results.improvements >= -2e-6 * results.terms[:, None]).all()
+    results = evaluate(name, of(m, EVERYTHING))
+    assert (results.improvements >= -2e-6 * results.terms[:, None]).all()
 
 
 @pytest.mark.parametrize("name", NON_CONFLICTING)
@@ -254,7 +266,7 @@ def test_cosines_are_non_negative_where_all_rows_can_improve(name):
     assert (results.cosines >= -1e-6).all()
 
 
-@pytest.mark.parametrize("m", [2, 4, 9, 20, 32])
+@pytest.mark.parametrize("m", row_counts(2, 4, 9, 20, 32))
 def test_rows_of_very_different_lengths(m):
     """Rows scaled by 10^U(-3, 3): no conflict, and MGDA's bound on the improvements."""
     rng = np.random.default_rng(m)
@@ -301,21 +313,21 @@ def test_rows_of_very_different_lengths(m):
 HOMOGENEOUS = [name for name, case in CASES.items() if case.row.homogeneous]
 
 
-@pytest.mark.parametrize("name", HOMOGENEOUS)
-def test_powers_of_two_scale_every_update_exactly(name):
+@over(HOMOGENEOUS, *ROWS)
+def test_powers_of_two_scale_every_update_exactly(name, m):
     # Scaling by a power of two rounds nothing, so A(cJ) = c A(J) must hold bit for bit: whatever is
     # absolute in a method shows here. These are 1e-10, 8e-3, 2 and 1e10.
     within_range = [J for key, J in DEGENERATE.items() if key not in ("tiny_row", "huge_row")]
-    for jacobians in by_rows(fitting(name, [*TYPICAL, *within_range])).values():
-        expected = evaluate(name, jacobians).update
-        for exponent in (-33, -7, 1, 15, 33):  # 2^15 is a usual scale of losses.
-            scaled = evaluate(name, [J * 2.0**exponent for J in jacobians]).update
-            np.testing.assert_array_equal(scaled, expected * 2.0**exponent)
+    jacobians = of(m, [*TYPICAL, *within_range])
+    expected = evaluate(name, jacobians).update
+    for exponent in (-33, -7, 1, 15, 33):  # 2^15 is a usual scale of losses.
+        scaled = evaluate(name, [J * 2.0**exponent for J in jacobians]).update
+        np.testing.assert_array_equal(scaled, expected * 2.0**exponent)
 
 
-@pytest.mark.parametrize("name", [name for name in HOMOGENEOUS if name in CONTINUOUS])
-def test_updates_scale_with_the_jacobian(name):
-    jacobians = generic(9, BATCH, seed=0)
+@over([name for name in HOMOGENEOUS if name in CONTINUOUS], 4, 9)
+def test_updates_scale_with_the_jacobian(name, m):
+    jacobians = generic(m, BATCH, seed=0)
     results = evaluate(name, jacobians)
     for scale in (1e-10, 1e-5, 1e5, 1e10):
         scaled = evaluate(name, [scale * J for J in jacobians])
@@ -327,18 +339,16 @@ EQUIVARIANT = [
 ]
 
 
-@pytest.mark.parametrize("name", EQUIVARIANT)
-def test_the_order_of_the_tasks_does_not_matter(name):
-    rng = np.random.default_rng(13)
+@over(EQUIVARIANT, 4, 9, 20)
+def test_the_order_of_the_tasks_does_not_matter(name, m):
     typical = FAMILIES["free"] if name in FAIR else TYPICAL
-    jacobians = [*typical, *generic(4, 20, 1), *generic(9, 20, 2), *generic(20, 20, 3)]
+    jacobians = of(m, typical) + generic(m, 20, {4: 1, 9: 2, 20: 3}[m])
     if name in QUADRATIC:  # Others decide on a rank, which is not continuous.
-        jacobians += DEGENERATE.values()
-    for m, group in by_rows(fitting(name, jacobians)).items():
-        results = evaluate(name, group)
-        for order in (np.arange(m)[::-1], rng.permutation(m)):
-            permuted = evaluate(name, group, order=order)
-            assert_close(name, permuted.update, results.update, results)
+        jacobians += of(m, DEGENERATE.values())
+    results = evaluate(name, jacobians)
+    for order in (np.arange(m)[::-1], np.random.default_rng(13).permutation(m)):
+        permuted = evaluate(name, jacobians, order=order)
+        assert_close(name, permuted.update, results.update, results)
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
@@ -367,12 +377,12 @@ def test_the_order_of_the_tasks_does_not_matter_but_for_that_of_the_projections(
             )
 
 
-@pytest.mark.parametrize("name", ["upgrad", "mean", "sum"])
-def test_linear_under_scaling_of_the_rows(name):
+@over(["upgrad", "mean", "sum"], 4, 9)
+def test_linear_under_scaling_of_the_rows(name, m):
     rng = np.random.default_rng(15)
-    J = np.stack([padded(J) for J in [*generic(9, 20, 4), *FAMILIES["normal"][-2:]]])
+    J = np.stack([padded(J) for J in [*generic(m, 20, 4), *of(m, FAMILIES["normal"])]])
     for _ in range(5):
-        c_1, c_2 = rng.uniform(0, 1, (2, 9, 1))
+        c_1, c_2 = rng.uniform(0, 1, (2, m, 1))
         a, b = rng.uniform(0, 1, 2)
         mixed, first, second = (evaluate(name, c * J) for c in (a * c_1 + b * c_2, c_1, c_2))
         difference = np.linalg.norm(mixed.update - a * first.update - b * second.update, axis=1)
@@ -409,13 +419,16 @@ def test_updates_vanish_at_strongly_stationary_points(name):
 
 
 @pytest.mark.parametrize("name", FAIR)
-def test_fair_updates_vanish_at_strongly_stationary_points_and_are_never_long(name):
-    # For alpha = 1 the norm of the solution is sqrt(m), wherever there is one.
+def test_fair_updates_vanish_at_strongly_stationary_points(name):
     strong = evaluate(name, FAMILIES["strong"])
     assert (strong.norm <= 0.03 * np.sqrt(strong.J.shape[1])).all()
-    for jacobians in by_rows(EVERYTHING).values():
-        results = evaluate(name, jacobians)
-        assert (results.norm <= np.sqrt(results.J.shape[1]) * (1 + 1e-4)).all()
+
+
+@over(FAIR, *ROWS)
+def test_fair_updates_are_never_long(name, m):
+    # For alpha = 1 the norm of the solution is sqrt(m), wherever there is one.
+    results = evaluate(name, of(m, EVERYTHING))
+    assert (results.norm <= np.sqrt(m) * (1 + 1e-4)).all()
 
 
 def test_mgda_vanishes_at_weakly_stationary_points():
@@ -426,22 +439,25 @@ def test_mgda_vanishes_at_weakly_stationary_points():
 # --- What the optimum satisfies ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
-def test_cagrad_closes_the_duality_gap(c):
+@over(["cagrad(0.5)", "cagrad(1)", "cagrad(2)"], 4, 9, 20)
+def test_cagrad_closes_the_duality_gap(name, m):
     # For d in the ball and w on the simplex, min_i <g_i, d> <= <g_0, g_w> + c |g_0| |g_w|.
-    for jacobians in ([*generic(9, 24, 5), *FAMILIES["normal"][-2:]], FAMILIES["free"]):
-        results = evaluate(f"cagrad({c:g})", jacobians)
-        mean = results.J.mean(axis=1)
-        radius = c * np.linalg.norm(mean, axis=1)
-        scale = radius * np.linalg.norm(mean, axis=1)
-        distance = np.linalg.norm(results.update - mean, axis=1)
-        assert (distance <= radius * (1 + 1e-4)).all()
-        w = np.maximum(results.weights - 1 / results.J.shape[1], 0)
-        w /= w.sum(axis=1, keepdims=True)
-        g_w = np.einsum("km,kmn->kn", w, results.J)
-        lower = np.einsum("kmn,kn->km", results.J, results.update).min(axis=1)
-        upper = np.sum(mean * g_w, axis=1) + radius * np.linalg.norm(g_w, axis=1)
-        assert (np.abs(upper - lower) <= 1e-4 * scale).all()
+    if m == 20:
+        jacobians = FAMILIES["free"]
+    else:
+        jacobians = generic(m, 24, 5) + (FAMILIES["normal"][-2:] if m == 9 else [])
+    results = evaluate(name, jacobians)
+    mean = results.J.mean(axis=1)
+    radius = CASES[name].arguments["c"] * np.linalg.norm(mean, axis=1)
+    scale = radius * np.linalg.norm(mean, axis=1)
+    distance = np.linalg.norm(results.update - mean, axis=1)
+    assert (distance <= radius * (1 + 1e-4)).all()
+    w = np.maximum(results.weights - 1 / m, 0)
+    w /= w.sum(axis=1, keepdims=True)
+    g_w = np.einsum("km,kmn->kn", w, results.J)
+    lower = np.einsum("kmn,kn->km", results.J, results.update).min(axis=1)
+    upper = np.sum(mean * g_w, axis=1) + radius * np.linalg.norm(g_w, axis=1)
+    assert (np.abs(upper - lower) <= 1e-4 * scale).all()
 
 
 @pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "cagrad(0.5)"])
@@ -458,14 +474,15 @@ def test_equal_rows_count_as_one(name):
 SAME_IN_FLOAT64 = [name for name in CONTINUOUS if not CASES[name].row.random]
 
 
-@pytest.mark.parametrize("name", SAME_IN_FLOAT64)
-def test_float32_agrees_with_float64(name):
-    results = evaluate(name, generic(9, BATCH, seed=6))
+@over(SAME_IN_FLOAT64, 9)
+def test_float32_agrees_with_float64(name, m):
+    results = evaluate(name, generic(m, BATCH, seed=6))
     with jax.enable_x64(True):
         exact = evaluate(name, results.J, dtype=np.float64)
     assert_close(name, results.update, exact.update, results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_vmap_is_a_loop(name):
     jacobians = generic(4, 10, 7)
@@ -477,19 +494,20 @@ def test_vmap_is_a_loop(name):
 
 
 small_integers = st.lists(
-    st.lists(st.integers(-2, 2), min_size=3, max_size=3), min_size=4, max_size=4
-)
-"""Four rows in three dimensions: zero, equal, opposite and dependent rows come up all the time."""
+    st.lists(st.integers(-2, 2), min_size=12, max_size=12), min_size=BATCH, max_size=BATCH
+).map(lambda batch: [np.array(entries, float).reshape(4, 3) for entries in batch])
+"""A batch of four rows in three dimensions: zero, equal, opposite and dependent rows come up all
+the time."""
 
 
 @pytest.mark.parametrize("name", CASES)
 @hypothesis.settings(deterministic)
-@hypothesis.given(rows=small_integers)
-def test_rows_of_small_integers(name, rows):
-    results = evaluate(name, [np.array(rows, float)])
+@hypothesis.given(jacobians=small_integers)
+def test_rows_of_small_integers(name, jacobians):
+    results = evaluate(name, jacobians)
     assert np.isfinite(results.weights).all()
     if CASES[name].row.non_conflicting:
         assert (results.improvements >= -2e-6 * results.terms[:, None]).all()
     if CASES[name].row.homogeneous:
-        scaled = evaluate(name, [np.array(rows) * 2.0**20])
+        scaled = evaluate(name, [J * 2.0**20 for J in jacobians])
         np.testing.assert_array_equal(scaled.update, results.update * 2.0**20)

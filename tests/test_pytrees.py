@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import jaxjd
 from jaxjd import labels, weightings
+from tests.registry import slow_but
 
 M = 3
 _upgrad = weightings.upgrad()
@@ -102,7 +103,11 @@ CONTAINERS = {
     "scalar": lambda: SCALAR,
     "zero-size leaf": lambda: {"weight": TENSOR, "empty": jnp.ones((0, 3))},
 }
+# What is added up leaf by leaf is the same program for most containers: by default the numbers are
+# compared in those that differ in kind, and in all of them when slow.
+QUICK = {"None holes", "array", "dataclass", "dict", "nnx.State", "scalar", "zero-size leaf"}
 containers = pytest.mark.parametrize("container", CONTAINERS)
+mostly_slow = pytest.mark.parametrize("container", slow_but(QUICK, list(CONTAINERS)))
 
 
 def random_jacobian(params, seed=0, dtype=jnp.float32, m=M):
@@ -128,7 +133,7 @@ def check_like(update, params):
     assert jax.tree.map(jnp.shape, update) == jax.tree.map(jnp.shape, params)
 
 
-@containers
+@mostly_slow
 def test_algebra_equals_the_flat_matrix(container):
     params = CONTAINERS[container]()
     jacobian, other = random_jacobian(params), random_jacobian(params, seed=1)
@@ -148,7 +153,7 @@ def test_algebra_equals_the_flat_matrix(container):
     np.testing.assert_array_equal(flat(plain), rows)
 
 
-@containers
+@mostly_slow
 def test_an_aggregator_equals_its_weights_on_the_flat_matrix(container):
     params = CONTAINERS[container]()
     jacobian = random_jacobian(params)
@@ -176,7 +181,7 @@ def test_labels_have_the_structure_of_the_parameters(container, strategy):
         assert len(set(found)) == len(found)
 
 
-@containers
+@mostly_slow
 def test_grouped_equals_every_leaf_on_its_own(container):
     params = CONTAINERS[container]()
     jacobian = random_jacobian(params)
@@ -187,7 +192,7 @@ def test_grouped_equals_every_leaf_on_its_own(container):
     np.testing.assert_allclose(flat_update(update), np.mean(flat(jacobian), axis=0), atol=1e-6)
 
 
-@containers
+@mostly_slow
 def test_partition_cuts_and_restores_the_structure(container):
     params = CONTAINERS[container]()
     jacobian = random_jacobian(params)
@@ -205,6 +210,26 @@ def test_partition_cuts_and_restores_the_structure(container):
         labels.by_tensor(params),
     )
     chex.assert_trees_all_close(update, expected, rtol=1e-5, atol=1e-6)
+
+
+@containers
+def test_updates_have_the_structure_of_the_parameters(container):
+    """Nothing is compiled: structures, shapes and dtypes are known when an update is traced."""
+    params = CONTAINERS[container]()
+    jacobian = random_jacobian(params)
+    aggregators = [
+        jaxjd.weighted(UPGRAD, num_tasks=M),
+        jaxjd.grouped(weightings.mean(), labels.by_tensor, num_tasks=M),
+        jaxjd.partition(
+            dict.fromkeys(jax.tree.leaves(labels.by_tensor(params)), jaxjd.mean()),
+            labels.by_tensor,
+        ),
+    ]
+    for aggregator in aggregators:
+        state = aggregator.init(params)
+        check_like(
+            jax.eval_shape(lambda J, s, u=aggregator.update: u(J, s)[0], jacobian, state), params
+        )
 
 
 def test_a_jacobian_of_zero_size_leaves_only():
@@ -311,10 +336,16 @@ def mesh_of(kind):
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
 
 
+SPLITS = [*((layout, None) for layout in LAYOUTS), ("columns", "y"), ("rows", "y")]
+
+
 @mesh_kinds
 @pytest.mark.parametrize(
     ("layout", "task_axis"),
-    [*((layout, None) for layout in LAYOUTS), ("columns", "y"), ("rows", "y")],
+    [
+        split if split == ("both", None) else pytest.param(*split, marks=pytest.mark.slow)
+        for split in SPLITS
+    ],
 )
 def test_algebra_equals_the_unsharded_one(kind, layout, task_axis):
     mesh, specs = mesh_of(kind), LAYOUTS[layout]
@@ -336,7 +367,7 @@ def test_algebra_equals_the_unsharded_one(kind, layout, task_axis):
 
 
 @mesh_kinds
-@pytest.mark.parametrize("layout", ["columns", "both"])
+@pytest.mark.parametrize("layout", slow_but({"both"}, ["columns", "both"]))
 def test_an_update_keeps_the_sharding_of_its_parameter(kind, layout):
     mesh, specs = mesh_of(kind), LAYOUTS[layout]
     aggregator = jaxjd.upgrad(num_tasks=4)
@@ -368,7 +399,7 @@ ENTRYWISE = {
 
 
 @mesh_kinds
-@pytest.mark.parametrize("name", ENTRYWISE)
+@pytest.mark.parametrize("name", slow_but({"graddrop", "moco"}, list(ENTRYWISE)))
 def test_methods_on_entries_equal_the_unsharded_ones(name, kind):
     mesh, specs = mesh_of(kind), LAYOUTS["both"]
     aggregator = ENTRYWISE[name](num_tasks=4)

@@ -24,6 +24,7 @@ from jaxjd import labels, sharding, weightings
 from jaxjd.linalg import reduction
 from tests.benchmarks import communication
 from tests.collectives import collectives
+from tests.registry import slow_but
 
 M, STEPS = 4, 3
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -103,14 +104,16 @@ def train_all(engine, names, params, x, y):
 
 
 @functools.cache
-def expected():
+def expected(names):
+    """One program for the methods of a test; most tests have one and the same method."""
     engine = jaxjd.value_and_jacobian(losses_fn)
-    return jax.jit(functools.partial(train_all, engine, list(METHODS)))(PARAMS, X, Y)
+    return jax.jit(functools.partial(train_all, engine, names))(PARAMS, X, Y)
 
 
 def check(found):
+    wanted = expected(tuple(found))
     for name in found:
-        chex.assert_trees_all_close(found[name], expected()[name], **CLOSE, custom_message=name)
+        chex.assert_trees_all_close(found[name], wanted[name], **CLOSE, custom_message=name)
 
 
 # How the parameters are split over the mesh ("data", "model").
@@ -164,7 +167,7 @@ def whole(params, specs):
 # Under jit
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but({"both", "data"}, list(LAYOUTS)))
 def test_jit_on_an_auto_mesh(layout):
     mesh = mesh_of()
     names = ["excess_mtl" if layout == "both" else "aligned_mtl"]
@@ -193,7 +196,7 @@ def test_jit_with_the_task_axis_split():
     check(jax.jit(functools.partial(train_all, engine, ["aligned_mtl"]))(params, X, Y))
 
 
-@pytest.mark.parametrize("layout", ["data", "fsdp_rows", "tensor"])
+@pytest.mark.parametrize("layout", slow_but({"tensor"}, ["data", "fsdp_rows", "tensor"]))
 def test_jit_on_an_explicit_mesh(layout):
     mesh, specs = mesh_of(AxisType.Explicit), LAYOUTS[layout]
 
@@ -239,13 +242,15 @@ def run_in_shard_map(layout, names, checked, form="auto"):
 
 
 @pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("layout", ["data", "fsdp_rows", "fsdp_columns", "tensor"])
+@pytest.mark.parametrize(
+    "layout", slow_but({"fsdp_rows", "tensor"}, ["data", "fsdp_rows", "fsdp_columns", "tensor"])
+)
 def test_shard_map(layout, checked):
     form = "factored" if layout in ("data", "tensor") else "auto"
     check(run_in_shard_map(layout, ["aligned_mtl"], checked, form))
 
 
-@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("checked", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_methods_on_a_mesh_of_data_and_model(checked):
     entrywise = ["excess_mtl", "moco", "db_mtl", "momentum_conflict_free", "trimmed_mean"]
     check(run_in_shard_map("both", list(METHODS) if checked else entrywise, checked))
@@ -389,7 +394,7 @@ def update_all(names, jacobian, params):
     return found
 
 
-@pytest.mark.parametrize("layout", ["both", "tensor"])
+@pytest.mark.parametrize("layout", slow_but({"tensor"}, ["both", "tensor"]))
 def test_only_gramians_cross_devices_under_jit(layout):
     mesh, specs = mesh_of(), LAYOUTS[layout]
     names = ["modo", "grouped", "partition", "graddrop", *ENTRYWISE]
@@ -414,7 +419,7 @@ def test_only_gramians_cross_devices_under_jit(layout):
     assert all(np.prod(shape) <= M * M for one in found for _, shape in one.shapes), found
 
 
-@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("checked", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_only_gramians_cross_devices_in_shard_map(checked):
     mesh, specs = mesh_of(), LAYOUTS["both"]
 
@@ -614,7 +619,7 @@ def test_two_processes(tmp_path):
         for process in started:
             process.kill()
             process.wait()
-    wanted = jax.tree.leaves({"aligned_mtl": expected()["aligned_mtl"]})
+    wanted = jax.tree.leaves(expected(("aligned_mtl",)))
     for process in range(2):
         with np.load(tmp_path / f"{process}.npz") as found:
             assert len(found) == 2 * len(wanted)

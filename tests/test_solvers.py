@@ -29,8 +29,11 @@ small_integers = st.lists(
 )
 """Five rows in three dimensions: zero, equal, opposite and dependent rows come up all the time."""
 
-# Few row counts, since each is compiled.
-SHAPES = [(1, 3), (5, 2), (5, 9), (12, 6), (12, 12), (12, 30)]
+# Few row counts, since each is compiled: five rows by default, as in most of this file.
+SHAPES = [
+    pytest.param(shape, id=str(shape), marks=() if shape[0] == 5 else pytest.mark.slow)
+    for shape in [(1, 3), (5, 2), (5, 9), (12, 6), (12, 12), (12, 30)]
+]
 
 
 def matrices(m: int, n: int, count: int = 12):
@@ -50,7 +53,7 @@ def lengths(matrix):
     return np.where(norms > 0, norms, 1)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_dual_cone_optimality(shape, dtype, tolerance):
     """For unit rows: v >= u, the projection conflicts with no row, and slack times dual is zero."""
@@ -122,7 +125,7 @@ def test_dual_cone_shapes_and_row_scaling():
         chex.assert_trees_all_close(project(U / scale, scaled), V / scale, rtol=1e-9)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_min_norm_optimality(shape):
     with jax.enable_x64():
         for matrix in matrices(*shape):
@@ -396,6 +399,7 @@ def test_the_search_ends_at_a_solution(problem):
     assert max(longest.values()) <= 20 + m
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["dual cone", "min norm"])
 def test_both_stages_find_the_same_solution(problem, monkeypatch):
     m = 16

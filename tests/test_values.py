@@ -131,8 +131,18 @@ def test_closed_forms_have_the_known_digits():
         np.testing.assert_allclose(closed_form, digits, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", FACTORIES)
+def first_calls() -> list:
+    """The methods in both dtypes; what projects in another way than by default in float64 only."""
+    params = []
+    for name in FACTORIES:
+        again = name.startswith(("upgrad_", "dualproj_"))
+        marks = pytest.mark.slow if again else ()
+        params.append(pytest.param(name, np.float32, id=f"{name}-float32", marks=marks))
+        params.append(pytest.param(name, np.float64, id=f"{name}-float64"))
+    return params
+
+
+@pytest.mark.parametrize(("name", "dtype"), first_calls())
 def test_first_call_on_base(name, dtype):
     cases = [case for case in FIRST_CALL if case[0] == name]
     assert cases

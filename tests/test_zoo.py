@@ -15,10 +15,12 @@ from jaxjd.linalg import factored
 from jaxjd.linalg.algebra import count_tasks
 from jaxjd.linalg.layers import ConvolutionLayer
 from tests import zoo
+from tests.registry import slow_but
 from tests.zoo import ZOO, by_name, paths
 
 WEIGHTS = jnp.array([0.7, -0.4, 1.3, 0.2, 0.9])
 FORMS = ("auto", "factored")
+by_model = lambda model: model.name
 
 
 def assert_close(found, expected, tolerance, what):
@@ -101,7 +103,50 @@ def by_products(leaf):
     return leaf.layer.gramian(leaf, jnp.float32)
 
 
-@pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
+def check_kinds(model, params, kinds):
+    """Every leaf that the row names is factored, and every other one is dense."""
+    matched = {
+        expression: {path for path in paths(params) if re.fullmatch(expression, path)}
+        for expression in model.factored
+    }
+    assert all(matched.values()), matched
+    which = {path for path, kind in zip(paths(params), kinds, strict=True) if kind}
+    assert which == set().union(*matched.values())
+
+
+@pytest.mark.parametrize("model", ZOO, ids=by_model)
+def test_which_leaves_are_factored(model):
+    """A primitive that JAX renames turns this red, and no leaf dense. Nothing is compiled."""
+    losses_fn, params, x = model.build()
+    kinds = []
+
+    def trace(params):
+        fn = lambda params: losses_fn(params, x)
+        engine = jaxjd.value_and_jacobian(fn, form="factored", has_aux=model.has_aux)
+        kinds.extend(map(is_factored, jax.tree.leaves(engine(params)[1])))
+        return ()
+
+    jax.eval_shape(trace, params)
+    check_kinds(model, params, kinds)
+
+
+# One of each mechanism of the pass; nothing that takes seconds to compile.
+QUICK = {
+    "checkpoint with a policy",
+    "custom rule with a parameter",
+    "embeddings with indices of all kinds",
+    "linen cnn",
+    "linen mlp",
+    "low rank adapters",
+    "one jitted layer called twice",
+    "parameters of mixed precision",
+    "rnn",
+    "views of parameters",
+    "weight decay among the losses",
+}
+
+
+@pytest.mark.parametrize("model", slow_but(QUICK, ZOO), ids=by_model)
 def test_equals_jacrev(model):
     losses_fn, params, x = model.build()
     fn = lambda params: losses_fn(params, x)
@@ -132,13 +177,7 @@ def test_equals_jacrev(model):
     if expected:
         assert_close(own, expected, model.tolerance, "Gramian by products")
 
-    matched = {
-        expression: {path for path in paths(params) if re.fullmatch(expression, path)}
-        for expression in model.factored
-    }
-    assert all(matched.values()), matched
-    which = {path for path, kind in zip(paths(params), kinds, strict=True) if kind}
-    assert which == set().union(*matched.values())
+    check_kinds(model, params, kinds)
 
 
 # Inside vmap and scan
@@ -147,12 +186,12 @@ def test_equals_jacrev(model):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("linen cnn", "auto"),
-        ("linen transformer", "factored"),
-        ("scan over rematerialized layers", "factored"),
         ("rnn", "factored"),
-        ("embeddings with indices of all kinds", "auto"),
-        ("mixture of experts", "factored"),
+        pytest.param("linen cnn", "auto", marks=pytest.mark.slow),
+        pytest.param("linen transformer", "factored", marks=pytest.mark.slow),
+        pytest.param("scan over rematerialized layers", "factored", marks=pytest.mark.slow),
+        pytest.param("embeddings with indices of all kinds", "auto", marks=pytest.mark.slow),
+        pytest.param("mixture of experts", "factored", marks=pytest.mark.slow),
     ],
 )
 def test_steps_under_vmap_over_seeds_and_scan(name, form):
@@ -197,18 +236,21 @@ def gradients_of_examples(loss, params, x):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "linen mlp",
-        "linen transformer",
-        "linen language model with tied embedding",
-        "linen group norm",
-        "linen scanned layers",
-        "equinox cnn with channels first",
-        "rnn",
-        "scan within a scan",
-        "embeddings with indices of all kinds",
-        "mixture of experts",
-    ],
+    slow_but(
+        {"linen mlp", "rnn"},
+        [
+            "linen mlp",
+            "linen transformer",
+            "linen language model with tied embedding",
+            "linen group norm",
+            "linen scanned layers",
+            "equinox cnn with channels first",
+            "rnn",
+            "scan within a scan",
+            "embeddings with indices of all kinds",
+            "mixture of experts",
+        ],
+    ),
 )
 def test_losses_of_examples(name):
     model = by_name(name)
@@ -238,8 +280,10 @@ def test_losses_of_examples(name):
     assert_close(own, expected, model.tolerance, "Gramian by products")
 
 
-@pytest.mark.parametrize("form", ["dense", *FORMS])
-@pytest.mark.parametrize("name", ["linen cnn", "scan over rematerialized layers"])
+@pytest.mark.parametrize("form", slow_but({"factored"}, ["dense", *FORMS]))
+@pytest.mark.parametrize(
+    "name", slow_but({"linen cnn"}, ["linen cnn", "scan over rematerialized layers"])
+)
 def test_losses_of_examples_in_chunks(name, form):
     losses_fn, params, x = by_name(name).build()
     loss = loss_of_an_example(losses_fn)
@@ -262,9 +306,13 @@ def test_losses_of_examples_in_chunks(name, form):
 # Options
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but({"factored"}, FORMS))
 @pytest.mark.parametrize(
-    "name", ["linen cnn", "linen batch norm in training", "scan over rematerialized layers"]
+    "name",
+    slow_but(
+        {"linen batch norm in training"},
+        ["linen cnn", "linen batch norm in training", "scan over rematerialized layers"],
+    ),
 )
 def test_options(name, form):
     """Chunks of tasks, groups of parameters, auxiliary output and the numbers of arguments."""
@@ -317,7 +365,10 @@ def test_options(name, form):
         assert_close(found, wanted, model.tolerance, f"gradient of {method}")
 
 
-@pytest.mark.parametrize("name", ["linen convolutions of all kinds", "linen group norm"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but({"linen group norm"}, ["linen convolutions of all kinds", "linen group norm"]),
+)
 def test_patches_of_some_examples_at_a_time(name, monkeypatch):
     monkeypatch.setattr(ConvolutionLayer, "_PATCH_BYTES", 1)
     losses_fn, params, x = by_name(name).build()
@@ -341,12 +392,15 @@ def test_patches_of_some_examples_at_a_time(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "linen convolutions of all kinds",
-        "embeddings with indices of all kinds",
-        "scan within a scan",
-        "views of parameters",
-    ],
+    slow_but(
+        {"views of parameters"},
+        [
+            "linen convolutions of all kinds",
+            "embeddings with indices of all kinds",
+            "scan within a scan",
+            "views of parameters",
+        ],
+    ),
 )
 def test_cross_gramian_of_two_batches(name):
     losses_fn, params, x = by_name(name).build()
@@ -375,7 +429,8 @@ def test_cross_gramian_of_two_batches(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["linen group norm", "rnn", "embeddings with indices of all kinds"]
+    "name",
+    slow_but({"rnn"}, ["linen group norm", "rnn", "embeddings with indices of all kinds"]),
 )
 def test_a_factored_step_can_be_differentiated(name):
     """Both ways, as for hyper-parameters that are learned or in MAML."""

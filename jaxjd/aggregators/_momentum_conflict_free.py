@@ -10,9 +10,17 @@ import optax
 from jax import lax
 
 from jaxjd.aggregators._weighted import check_num_tasks
-from jaxjd.base import Aggregator, PyTree, require_num_tasks, weight_dtype
+from jaxjd.base import (
+    Aggregator,
+    Certified,
+    PyTree,
+    require_num_tasks,
+    solve,
+    weight_dtype,
+)
 from jaxjd.checks import check_range, check_state, check_static_int, path_name, type_name
 from jaxjd.linalg.algebra import combine, count_tasks, gramian
+from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.linalg.sharded import local_rows, mark_like, num_shards, sum_leaves
 from jaxjd.weightings._conflict_free import conflict_free
 from jaxjd.weightings._rows import as_shaped
@@ -151,10 +159,10 @@ def momentum_conflict_free(
         *,
         task: Any = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, MomentumConflictFreeState]:
+    ) -> tuple:
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
-            return updates, state
+            return updates, state, None
         check_state("`momentum_conflict_free`", state, MomentumConflictFreeState)
         moments, structure = jax.tree.flatten(state.first_moments)
         if task is None:
@@ -180,7 +188,7 @@ def momentum_conflict_free(
                 moved.append(lax.dynamic_update_index_in_dim(moment, row, task, 0))
 
         ready = jnp.all(task_counts > 0)
-        weights, _ = weighting.update(gramian(mark_like(moved, leaves)), ())
+        weights, _, certificate = solve(weighting.update, gramian(mark_like(moved, leaves)), ())
         count = jnp.where(ready, optax.safe_increment(state.count), state.count)
         dtype = weights.dtype
         # The plain gradient whose average moves as the direction has moved.
@@ -211,9 +219,9 @@ def momentum_conflict_free(
             direction=jax.tree.unflatten(structure, directions),
             second_moment=jax.tree.unflatten(structure, seconds),
         )
-        return jax.tree.unflatten(treedef, scaled), next_state
+        return jax.tree.unflatten(treedef, scaled), next_state, certificate
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
 def _zeros(param: Any) -> jax.Array:
@@ -243,10 +251,10 @@ def _divide(
     pairs = list(zip(seconds, leaves, strict=True))
     size = max(1, sum(second.size * num_shards(leaf) for second, leaf in pairs))
     total = sum_leaves([jnp.sum(second).astype(dtype) for second in seconds], leaves)
-    small = jnp.asarray(eps, dtype) * jnp.sqrt(total / size)
+    small = jnp.asarray(eps, dtype) * safe_sqrt(total / size)
     divided = []
     for direction, second in zip(directions, seconds, strict=True):
-        root = jnp.sqrt(second) + small.astype(second.dtype)
+        root = safe_sqrt(second) + small.astype(second.dtype)
         divided.append(jnp.where(root == 0, 0, direction / jnp.where(root == 0, 1, root)))
     return divided
 

@@ -16,10 +16,12 @@ from jaxjd.aggregators._weighted import check_logged, check_num_tasks
 from jaxjd.base import (
     Aggregator,
     AggregatorState,
+    Certified,
     Jacobian,
     JacobianWeighting,
     PyTree,
     require_num_tasks,
+    solve,
 )
 from jaxjd.checks import check_state
 from jaxjd.linalg.algebra import combine, count_tasks
@@ -119,19 +121,20 @@ def _tracked(weighting: JacobianWeighting, num_tasks: int | None, name: str) -> 
 
     def update(
         updates: Jacobian, state: AggregatorState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, AggregatorState]:
+    ) -> tuple:
         m = count_tasks(updates, params)
         if m is None:
-            return updates, state
+            return updates, state, None
         check_num_tasks(m, num_tasks)
         check_state(f"`{name}`", state, AggregatorState)
         check_logged(state.weights, (m,))
-        _, inner = weighting.update(updates, state.weighting, **extra_args)
+        _, inner, certificate = solve(weighting.update, updates, state.weighting, **extra_args)
         # The state has the structure of the parameters, and the Jacobian may have another one with
         # the same leaves (see `leaf_names`).
         rows = jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(inner.tracked))
         combined = combine(inner.weights, rows)
         combined = jax.tree.map(lambda leaf, new: new.astype(leaf.dtype), updates, combined)
-        return combined, AggregatorState(weights=inner.weights, weighting=inner)
+        next_state = AggregatorState(weights=inner.weights, weighting=inner)
+        return combined, next_state, certificate
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]

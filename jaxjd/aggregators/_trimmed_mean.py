@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -82,6 +83,8 @@ def trimmed_mean(trim_number: int, *, num_tasks: int | None = None) -> Aggregato
     return Aggregator(init, update)  # type: ignore[arg-type]
 
 
+# Jitted, so that calls outside of jit keep the rows' shardings and do not compile the loop anew.
+@functools.partial(jax.jit, static_argnames=("number", "dtype"))
 def _inner_sum(values: jax.Array, number: int, dtype: jnp.dtype) -> jax.Array:
     """Sums each column without its `number` largest and smallest entries.
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jaxjd.base import (
     Aggregator,
     AggregatorState,
+    Certified,
     CrossGramianWeighting,
     Jacobian,
     JacobianWeighting,
     PyTree,
     Weighting,
     check_weighting,
+    solve,
     weight_dtype,
 )
 from jaxjd.checks import check_state, check_static_int, type_name
@@ -65,21 +67,22 @@ def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregato
 
     def update(
         updates: Jacobian, state: AggregatorState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, AggregatorState]:
+    ) -> tuple:
         m = count_tasks(updates, params)
         if m is None:
-            return updates, state
+            return updates, state, None
         check_num_tasks(m, num_tasks)
         check_state("an aggregator", state, AggregatorState)
         check_logged(state.weights, () if num_tasks is None else (m,))
         stat = read_stat(weighting, updates, extra_args)
-        weights, inner = weighting.update(stat, state.weighting, **extra_args)
+        weights, inner, certificate = solve(weighting.update, stat, state.weighting, **extra_args)
         if getattr(weights, "shape", None) != (m,):
             raise ValueError(f"Expected weights of shape {(m,)}, found {type_name(weights)}.")
         logged = () if num_tasks is None else weights.astype(jnp.asarray(state.weights).dtype)
-        return combine(weights, updates), AggregatorState(weights=logged, weighting=inner)
+        next_state = AggregatorState(weights=logged, weighting=inner)
+        return combine(weights, updates), next_state, certificate
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
 def check_num_tasks(found: int, num_tasks: int | None) -> None:

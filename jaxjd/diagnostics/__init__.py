@@ -15,6 +15,7 @@ from jaxjd.diagnostics._plots import plot_diagnostics as plot_diagnostics
 from jaxjd.diagnostics._plots import plot_front as plot_front
 from jaxjd.diagnostics._plots import plot_weights as plot_weights
 from jaxjd.diagnostics._rank import effective_rank as effective_rank
+from jaxjd.diagnostics._residual import solver_residual as solver_residual
 from jaxjd.diagnostics._state import skipped_steps as skipped_steps
 from jaxjd.diagnostics._state import summary as summary
 from jaxjd.diagnostics._state import weights as weights
@@ -37,6 +38,7 @@ __all__ = [
     "predicted_change",
     "predicted_change_by",
     "skipped_steps",
+    "solver_residual",
     "stationarity_gap",
     "summary",
     "weights",

@@ -8,13 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.base import Aggregator, Jacobian, PyTree, weight_dtype
+from jaxjd.base import (
+    Aggregator,
+    Certified,
+    Jacobian,
+    PyTree,
+    largest_residual,
+    solve,
+    weight_dtype,
+)
 from jaxjd.checks import check_range, check_static_int, type_name
 from jaxjd.diagnostics._change import predicted_change_by
 from jaxjd.diagnostics._conflict import conflict_rate, cosine_matrix
 from jaxjd.diagnostics._rank import effective_rank
 from jaxjd.diagnostics._stationarity import stationarity_gaps
-from jaxjd.linalg.algebra import count_tasks, gramian
+from jaxjd.linalg.algebra import count_rows, gramian, plain_leaves, without_plain
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -34,6 +42,8 @@ class MonitoredState(NamedTuple):
       relative_stationarity_gap: The same with all gradients scaled to unit length, from 0 to 1,
         shape ``()``.
       effective_rank: The effective rank of the Gramian, from 1 to `m`, shape ``()``.
+      solver_residual: By how much the aggregator's answer misses the conditions of its problem,
+        shape ``()``; -1 if it solves none. See `jaxjd.diagnostics.solver_residual`.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -50,6 +60,7 @@ class MonitoredState(NamedTuple):
     stationarity_gap: jax.Array
     relative_stationarity_gap: jax.Array
     effective_rank: jax.Array
+    solver_residual: jax.Array
 
 
 def monitored(
@@ -60,7 +71,10 @@ def monitored(
     """Keeps diagnostics of every call in the state of an aggregator, which works as before.
 
     They are functions of the Gramian of the Jacobian that comes in, which the compiler computes
-    once for them and for the aggregator, and of what the aggregator makes of it.
+    once for them and for the aggregator, and of what the aggregator makes of it. The aggregator's
+    problem is solved once. Around a `jaxjd.partition` with plain gradients for some parameters
+    (task heads), they are those of the other parameters, which have a Jacobian: the cosines, and
+    the part of every change, in them.
 
     Args:
       aggregator: Any aggregator, also within `jaxjd.partition`; or a chain that starts with one.
@@ -98,33 +112,38 @@ def monitored(
     inner = optax.with_extra_args_support(aggregator)
 
     def init(params: PyTree) -> MonitoredState:
-        shapes = [(num_tasks, num_tasks), (), (), (num_tasks,), (), (), ()]
+        shapes = [(num_tasks, num_tasks), (), (), (num_tasks,), (), (), (), ()]
         dtype = weight_dtype(params)
         return MonitoredState(inner.init(params), *(jnp.zeros(shape, dtype) for shape in shapes))
 
     def update(
         updates: Jacobian, state: MonitoredState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, MonitoredState]:
-        m = count_tasks(updates, params)
+    ) -> tuple:
+        plain = plain_leaves(updates, params)
+        m = count_rows(updates, params, plain)
         if m is not None and m != num_tasks:
             raise ValueError(
                 f"`monitored` was made with num_tasks={num_tasks}, but the Jacobian has {m} rows "
                 "(the size of its leading task axis)."
             )
-        direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        direction, inner_state, certificate = solve(
+            inner.update, updates, state.inner_state, params, **extra_args
+        )
         if m is None:
-            return direction, state._replace(inner_state=inner_state)
-        found = _diagnose(updates, direction, learning_rate)
+            return direction, state._replace(inner_state=inner_state), None
+        residual = largest_residual(certificate, weight_dtype(updates))
+        rows, moved = (without_plain(tree, plain) for tree in (updates, direction))
+        found = (*_diagnose(rows, moved, learning_rate), residual)
         cast = jax.tree.map(lambda new, old: new.astype(jnp.asarray(old).dtype), found, state[1:])
-        return direction, MonitoredState(inner_state, *cast)
+        return direction, MonitoredState(inner_state, *cast), certificate
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
 def _diagnose(
     jacobian: Jacobian, direction: PyTree, learning_rate: jax.typing.ArrayLike | None
 ) -> tuple[jax.Array, ...]:
-    """The fields of `MonitoredState` but the first."""
+    """The fields of `MonitoredState` between the first and the last one."""
     products = gramian(jacobian)
     change = predicted_change_by(direction, jacobian)
     if learning_rate is not None:

@@ -101,6 +101,7 @@ def summary(opt_state: PyTree) -> dict[str, jax.Array]:
       0/stationarity_gap
       0/relative_stationarity_gap
       0/effective_rank
+      0/solver_residual
       0/inner_state/weights
     """
     return dict(_fields(opt_state, _monitored_of, _weights_of, _skipped_of))

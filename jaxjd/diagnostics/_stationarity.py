@@ -9,7 +9,7 @@ from jaxjd.base import Gramian
 from jaxjd.checks import check_square
 from jaxjd.linalg.min_norm import min_norm_weights
 from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.linalg.scaling import safe_sqrt, unit_diagonal
 
 
 def stationarity_gap(gramian: Gramian, relative: bool = False) -> jax.Array:
@@ -73,4 +73,4 @@ def _in_units_of_the_longest(gramian: Gramian) -> tuple[Gramian, jax.Array]:
 def _shortest(gramian: Gramian) -> jax.Array:
     weights = min_norm_weights(gramian)
     square = jnp.sum(weights * matmul(gramian, weights))
-    return jnp.sqrt(jnp.maximum(square, 0))
+    return safe_sqrt(square)

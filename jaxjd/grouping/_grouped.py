@@ -10,14 +10,17 @@ import jax.numpy as jnp
 from jaxjd.aggregators._weighted import check_logged, check_num_tasks, read_stat, weighted
 from jaxjd.base import (
     Aggregator,
+    Certified,
     Jacobian,
     JacobianWeighting,
     PyTree,
     Weighting,
+    solve,
     stack_states,
     weight_dtype,
 )
 from jaxjd.checks import check_state
+from jaxjd.grouping._cut import cut, cut_extra_args
 from jaxjd.grouping._partition import skeleton
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks
@@ -93,10 +96,10 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
 
     def update(
         updates: Jacobian, state: GroupedState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, GroupedState]:
+    ) -> tuple:
         m = count_tasks(updates, params)
         if m is None:
-            return updates, state
+            return updates, state, None
         check_num_tasks(m, num_tasks)
         check_state("`grouped`", state, GroupedState)
         found = resolve(labels, skeleton(updates) if params is None else params)
@@ -108,20 +111,15 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
                 )
         check_logged(state.weights, () if num_tasks is None else (len(groups), m))
         leaves, treedef = jax.tree.flatten(updates)
-        pair = extra_args.get("cross_jacobians")
 
         def stat_of(group: str) -> Any:
-            cut = [leaf for leaf, label in zip(leaves, found, strict=True) if label == group]
-            extra = dict(extra_args)
-            if isinstance(pair, (tuple, list)):
-                extra["cross_jacobians"] = tuple(
-                    _pick(part, treedef, found, group) for part in pair
-                )
-            return read_stat(weighting, cut, extra)
+            extra = cut_extra_args(extra_args, updates, found, group)
+            return read_stat(weighting, cut(updates, found, group), extra)
 
         stats = jnp.stack([stat_of(group) for group in groups])
-        solve = jax.vmap(lambda stat, inner: weighting.update(stat, inner, **extra_args))
-        weights, inner = solve(stats, state.weighting)
+        weights, inner, certificates = jax.vmap(
+            lambda stat, inner: solve(weighting.update, stat, inner, **extra_args)
+        )(stats, state.weighting)
         number = {group: place for place, group in enumerate(groups)}
         combined = [
             combine(weights[number[label]], leaf) for leaf, label in zip(leaves, found, strict=True)
@@ -129,16 +127,11 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
         logged: Any = ()
         if num_tasks is not None:
             logged = weights.astype(jnp.asarray(state.weights).dtype)
-        return jax.tree.unflatten(treedef, combined), GroupedState(logged, inner)
+        certificate = certificates and jax.tree_util.Partial(_residuals, certificates)
+        return jax.tree.unflatten(treedef, combined), GroupedState(logged, inner), certificate
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
-def _pick(jacobian: Jacobian, treedef: Any, found: list[str], group: str) -> list[Any]:
-    leaves, structure = jax.tree.flatten(jacobian)
-    if structure != treedef:
-        raise ValueError(
-            f"`cross_jacobians` must have the structure of the Jacobian, {treedef}, found "
-            f"{structure}."
-        )
-    return [leaf for leaf, label in zip(leaves, found, strict=True) if label == group]
+def _residuals(certificates: jax.tree_util.Partial) -> jax.Array:
+    return jax.vmap(lambda certificate: certificate())(certificates)

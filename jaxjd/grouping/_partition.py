@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.base import Aggregator, Jacobian, PyTree
+from jaxjd.base import Aggregator, Certified, Jacobian, PyTree, solve
 from jaxjd.checks import check_state, path_name, type_name
+from jaxjd.grouping._cut import cut, cut_extra_args
 from jaxjd.labels import resolve
 
 
@@ -30,7 +31,12 @@ class PartitionState(NamedTuple):
     inner_states: dict[str, PyTree]
 
 
-def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: Any) -> Aggregator:
+def partition(
+    aggregators: Mapping[str, optax.GradientTransformation],
+    labels: Any,
+    *,
+    cut_args: Sequence[str] = (),
+) -> Aggregator:
     r"""Aggregates every group of parameters on its own, with its own aggregator and state.
 
     Each group sees the Jacobian of its parameters only: its Gramian, its conflicts, its weights.
@@ -43,15 +49,19 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
         function of the parameters that returns one (see `jaxjd.labels`). A function is called on
         parameters (in `update` without `params`, on their shapes), never on the Jacobian, whose
         leaves have one axis more.
+      cut_args: Names of extra arguments of your own that are laid out as the parameters, to be cut
+        to the group. (``cross_jacobians`` always is.)
 
     Returns:
-      An `Aggregator` with state `PartitionState`. Extra arguments reach every aggregator; those
-      with the structure of the Jacobian, and tuples of such, reach it cut to its group.
+      An `Aggregator` with state `PartitionState`. Extra arguments reach every aggregator as they
+      are, ``losses`` for one, whatever their structure; ``cross_jacobians`` and those of `cut_args`
+      reach it cut to its group.
 
     Raises:
       ValueError: If `aggregators` is empty; in `init` and `update`, if a leaf has no label, a label
-        no aggregator or an aggregator no leaf, or if a group's transformation returns something
-        that is not shaped like its parameters (an ``optax.set_to_zero()`` on a Jacobian, say).
+        no aggregator or an aggregator no leaf, if an extra argument to be cut has not the leaves of
+        the Jacobian, or if a group's transformation returns something that is not shaped like its
+        parameters (an ``optax.set_to_zero()`` on a Jacobian, say).
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -73,6 +83,8 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
                 f"Label {label!r}: expected an aggregator or another optax transformation (a "
                 f"factory has to be called first), found {type_name(transform)}."
             )
+    if isinstance(cut_args, str):
+        raise ValueError(f"`cut_args` must be a sequence of names, got the string {cut_args!r}.")
     transforms = {
         label: optax.with_extra_args_support(transform) for label, transform in aggregators.items()
     }
@@ -80,12 +92,12 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
     def init(params: PyTree) -> PartitionState:
         found = _resolve(labels, params, transforms)
         return PartitionState(
-            {label: tx.init(_cut(params, found, label)) for label, tx in transforms.items()}
+            {label: tx.init(cut(params, found, label)) for label, tx in transforms.items()}
         )
 
     def update(
         updates: Jacobian, state: PartitionState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, PartitionState]:
+    ) -> tuple:
         check_state("`partition`", state, PartitionState)
         if sorted(state.inner_states) != sorted(transforms):
             raise ValueError(
@@ -102,23 +114,23 @@ def partition(aggregators: Mapping[str, optax.GradientTransformation], labels: A
         paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
         shapes = None if params is None else [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         results: list[Any] = [None] * len(leaves)
-        inner_states = {}
+        inner_states, certificates = {}, {}
         for label, tx in transforms.items():
-            cut_params = None if params is None else _cut(params, found, label)
-            cut_extra = {
-                name: _cut_extra(value, treedef, found, label) for name, value in extra_args.items()
-            }
-            new, inner_states[label] = tx.update(
-                _cut(updates, found, label), state.inner_states[label], cut_params, **cut_extra
+            new, inner_states[label], certificates[label] = solve(
+                tx.update,
+                cut(updates, found, label),
+                state.inner_states[label],
+                None if params is None else cut(params, found, label),
+                **cut_extra_args(extra_args, updates, found, label, cut_args),
             )
             places = [place for place, name in enumerate(found) if name == label]
             for place, leaf in zip(places, jax.tree.leaves(new), strict=True):
                 expected = None if shapes is None else shapes[place]
                 _check_shape(label, paths[place], leaf, leaves[place], expected)
                 results[place] = leaf
-        return jax.tree.unflatten(treedef, results), PartitionState(inner_states)
+        return jax.tree.unflatten(treedef, results), PartitionState(inner_states), certificates
 
-    return Aggregator(init, update)  # type: ignore[arg-type]
+    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
 def skeleton(jacobian: Jacobian) -> PyTree:
@@ -141,25 +153,6 @@ def _resolve(labels: Any, params: PyTree, transforms: Mapping[str, Any]) -> list
             f"The aggregators of {unused} have no parameter; the labels are {sorted(set(found))}."
         )
     return found
-
-
-def _cut(tree: PyTree, found: list[str], label: str) -> PyTree:
-    """Replaces the leaves of other groups by nodes without leaves."""
-    leaves, treedef = jax.tree.flatten(tree)
-    kept = [
-        leaf if name == label else optax.MaskedNode()
-        for leaf, name in zip(leaves, found, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, kept)
-
-
-def _cut_extra(value: Any, treedef: Any, found: list[str], label: str) -> Any:
-    if treedef.num_leaves and jax.tree.structure(value) == treedef:
-        return _cut(value, found, label)
-    several = isinstance(value, (tuple, list)) and len(value) > 0
-    if several and all(jax.tree.structure(item) == treedef for item in value):
-        return type(value)(_cut(item, found, label) for item in value)
-    return value
 
 
 def _check_shape(

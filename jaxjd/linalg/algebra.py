@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -79,6 +80,44 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
     if params is not None:
         _check_against_params(leaves, jacobian, params)
     return None if first is None else first[1]
+
+
+def plain_leaves(updates: PyTree, params: PyTree | None) -> list[bool]:
+    """Tells which leaves are plain gradients, shaped like their parameters, beside a Jacobian.
+
+    The one place that knows the layout of `mtl_value_and_jacobian`: a task axis in the leaves of
+    the trunk only. What has no Jacobian at all is malformed and not of that layout, and without
+    parameters there is nothing to go by; then no leaf counts as plain.
+
+    Args:
+      updates: Rows of a Jacobian and plain gradients, in the structure of the parameters.
+      params: The parameters or their shapes, or None.
+
+    Returns:
+      One truth value per leaf, in tree order.
+    """
+    leaves, wanted = jax.tree.leaves(updates), jax.tree.leaves(params)
+    plain = [False] * len(leaves)
+    if len(leaves) == len(wanted):
+        plain = [
+            getattr(leaf, "shape", None) == jnp.shape(param)
+            for leaf, param in zip(leaves, wanted, strict=True)
+        ]
+    return [False] * len(leaves) if all(plain) else plain
+
+
+def without_plain(tree: PyTree, plain: Sequence[bool]) -> PyTree:
+    """Replaces what belongs to plain gradients by nodes without leaves."""
+    leaves, treedef = jax.tree.flatten(tree)
+    kept = [optax.MaskedNode() if hole else leaf for leaf, hole in zip(leaves, plain, strict=True)]
+    return jax.tree.unflatten(treedef, kept)
+
+
+def count_rows(updates: PyTree, params: PyTree | None, plain: Sequence[bool]) -> int | None:
+    """As `count_tasks`, of the leaves that are not plain gradients."""
+    if any(plain):
+        updates, params = without_plain(updates, plain), without_plain(params, plain)
+    return count_tasks(updates, params)
 
 
 def _why_sizes_differ(leaves: Sequence[tuple[Any, Any]], params: PyTree | None) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from jaxjd.base import Certificate
 from jaxjd.checks import check_length, check_range, check_square, is_real, type_name
 from jaxjd.linalg.nonnegative_qp import nonnegative_qp
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.residuals import dual_cone_residual
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -116,15 +119,36 @@ def regularized_projector(norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Dual
     check_range("norm_eps", norm_eps, at_least=0)
     check_range("reg_eps", reg_eps, at_least=0)
 
-    def project(U: jax.Array, G: jax.Array) -> jax.Array:  # noqa: N803
-        U, m = _check(U, G)  # noqa: N806
-        trace = jnp.trace(G)
-        known = trace >= norm_eps
-        normalized = jnp.where(known, G / jnp.where(known & (trace > 0), trace, 1), 0)
-        regularized = normalized + reg_eps * jnp.eye(m, dtype=G.dtype)
-        return project_onto_dual_cone(U, regularized.astype(G.dtype))
+    return _Regularized(norm_eps, reg_eps)
 
-    return project
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Regularized:
+    norm_eps: Any
+    reg_eps: Any
+
+    def __call__(self, U: jax.Array, G: jax.Array) -> jax.Array:  # noqa: N803
+        U, _ = _check(U, G)  # noqa: N806
+        return project_onto_dual_cone(U, self.problem(G))
+
+    def problem(self, G: jax.Array) -> jax.Array:  # noqa: N803
+        """The Gramian of the problem that is solved exactly."""
+        trace = jnp.trace(G)
+        known = trace >= self.norm_eps
+        normalized = jnp.where(known, G / jnp.where(known & (trace > 0), trace, 1), 0)
+        regularized = normalized + self.reg_eps * jnp.eye(G.shape[0], dtype=G.dtype)
+        return regularized.astype(G.dtype)
+
+
+def projection_certificate(
+    projector: DualConeProjector, projected: jax.Array, rows: jax.Array, gramian: jax.Array
+) -> Certificate:
+    """The certificate of a projection; None for a projector whose problem is not known."""
+    if projector is not project_onto_dual_cone:
+        if not isinstance(projector, _Regularized):
+            return None
+        gramian = projector.problem(gramian)
+    return jax.tree_util.Partial(dual_cone_residual, projected, rows, gramian)
 
 
 def _check(U: jax.Array, G: jax.Array) -> tuple[jax.Array, int]:  # noqa: N803

@@ -39,16 +39,27 @@ def min_norm_weights(G: jax.Array) -> jax.Array:  # noqa: N803
       [0.6 0.4]
     """
     check_square("G", G)
-    unit = unit_diagonal(G)
-    # Relative to the shortest row, so that nothing overflows.
-    shortest = jnp.min(jnp.where(unit.nonzero, unit.lengths, jnp.inf))
-    shortest = jnp.where(jnp.isfinite(shortest), shortest, 1)
-    inverse = unit.inverse_lengths * shortest
+    return min_norm_weights_of(G, jnp.ones((G.shape[0],), bool))
+
+
+def min_norm_weights_of(gramian: jax.Array, counts: jax.Array) -> jax.Array:
+    """`min_norm_weights` of the rows that count; the others are infinitely long and get zero.
+
+    Args:
+      gramian: Shape ``(m, m)``.
+      counts: Which rows count, shape ``(m,)``, bool. One has to.
+
+    Returns:
+      The weights, shape ``(m,)``.
+    """
+    both = counts[:, None] & counts[None, :]
+    unit = unit_diagonal(jnp.where(both, gramian, 0))
+    inverse = unit.inverse_lengths * unit.shortest()
     x = nonnegative_qp(unit.cosines, -inverse[None, :])[0]
     z = x * inverse
     total = jnp.sum(z)
     weights = z / jnp.where(total > 0, total, 1)
-    zero_rows = ~unit.nonzero
-    shared = zero_rows / jnp.maximum(jnp.sum(zero_rows), 1).astype(G.dtype)
+    zero_rows = counts & ~unit.nonzero
+    shared = zero_rows / jnp.maximum(jnp.sum(zero_rows), 1).astype(gramian.dtype)
     weights = jnp.where(jnp.any(zero_rows), shared, weights)
-    return jnp.where(jnp.isfinite(total), weights, jnp.nan).astype(G.dtype)
+    return jnp.where(jnp.isfinite(total), weights, jnp.nan).astype(gramian.dtype)

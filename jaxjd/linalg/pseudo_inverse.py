@@ -64,6 +64,17 @@ def _invert(cosines: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(cosines).all(), inverse, jnp.nan)
 
 
+def reaches(cosines: jax.Array, x: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns whether ``x = C^+ b`` is more than rounding, a boolean scalar.
+
+    Where `b` is orthogonal to the range of `C`, ``C^+ b`` is zero, and rounding leaves something of
+    it that a division by its length or its sum would blow up.
+    """
+    eps = cosines.shape[0] * jnp.finfo(cosines.dtype).eps
+    square = jnp.sum(x * matmul(cosines, x))
+    return ~(square <= jnp.square(eps) * jnp.sum(jnp.square(right)))
+
+
 def solve(cosines: jax.Array, right: jax.Array) -> jax.Array:
     """Returns ``C^+ b``, shape ``(m,)``, refined once."""
     inverse = pseudo_inverse(cosines)

@@ -8,6 +8,16 @@ import jax
 import jax.numpy as jnp
 
 
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Returns ``sqrt(max(x, 0))``, with a derivative of zero, not infinity, where ``x <= 0``.
+
+    The derivative of a square root at zero is infinite, and times a zero it is NaN: a selection
+    behind the root does not hide it. A length has the subgradient zero there. NaN stays NaN.
+    """
+    positive = ~(x <= 0)
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
 class UnitDiagonal(NamedTuple):
     """``G = D C D`` with ``D = diag(lengths)`` and a unit diagonal in `C`.
 
@@ -23,12 +33,18 @@ class UnitDiagonal(NamedTuple):
     inverse_lengths: jax.Array
     nonzero: jax.Array
 
+    def shortest(self) -> jax.Array:
+        """The shortest length that is not zero, shape ``()``; 1 if there is none."""
+        bound = jnp.where(self.nonzero, self.lengths, jnp.max(self.lengths))
+        shortest = jnp.min(bound)
+        return jnp.where(jnp.isfinite(shortest) & (shortest > 0), shortest, 1)
+
 
 def unit_diagonal(gramian: jax.Array) -> UnitDiagonal:
-    """Returns the factors of ``G = D C D``, differentiable where no row is zero."""
+    """Returns the factors of ``G = D C D``; their derivatives at a zero row are zero."""
     squares = jnp.diagonal(gramian)
     nonzero = ~(squares <= 0)  # NaN counts as non-zero, so that it reaches the result.
-    lengths = jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
+    lengths = safe_sqrt(squares)
     inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, lengths, 1), 0)
     cosines = gramian * inverse[:, None] * inverse[None, :]
     # A finite diagonal is 1 by definition, but a non-finite one must not be hidden.

@@ -113,7 +113,7 @@ def dwa(temperature: float = 2.0, steps_per_epoch: int = 1) -> Scalarizer:
 def _rates(state: DWAState, temperature: jax.typing.ArrayLike) -> jax.Array:
     """The ratios of the last two averages over the temperature."""
     dtype = state.older.dtype
-    known = state.older != 0
+    known = (state.older != 0) & (state.previous != 0)
     rates = jnp.where(known, state.previous / jnp.where(known, state.older, 1), 1)
     rates = rates / jnp.asarray(temperature, dtype)
     # A ratio that overflows takes all the weight; infinity would make it NaN.

@@ -60,8 +60,8 @@ def famo(
     - ``update(losses, state)``, with the losses that the step was taken on: they are compared to
       those of the call before, on another batch. The first call only stores them.
 
-    Losses have to be above their bounds: a loss exactly at its bound is solved and does not count,
-    one below it gives NaN.
+    Losses have to be above their bounds: a loss exactly at its bound, before or after the step, is
+    solved or missing and does not count, one below it gives NaN.
 
     Args:
       min_losses: The lower bounds :math:`b`, shape ``(m,)`` or laid out as the losses; zeros by
@@ -112,7 +112,7 @@ def famo(
         solved = gaps == 0
         safe = jnp.where(solved, 1, gaps)
         # Relative to the smallest gap, whose inverse might overflow.
-        smallest = jnp.min(jnp.where(solved, jnp.inf, gaps))
+        smallest = jnp.min(jnp.where(solved, jnp.max(gaps), gaps))
         total = jnp.sum(jnp.where(solved, 0, z * (smallest / safe)))
         c = jnp.where(jnp.all(solved), 0, smallest / jnp.where(jnp.all(solved), 1, total))
         return jnp.sum(lax.stop_gradient(c * z) * jnp.where(solved, 0, jnp.log(safe)))
@@ -137,10 +137,12 @@ def famo(
         before = _gaps(losses, previous.astype(dtype), bounds)
 
         fall = _log_ratio(before, after)
+        counts = (before != 0) & (after != 0)
+        z = jnp.where(counts, jax.nn.softmax(state.logits), 0)
         # The common part has no effect; without it, equal falls give exactly zero.
-        fall = fall - jnp.max(fall)
-        z = jax.nn.softmax(state.logits)
-        gradient = z * (fall - jnp.sum(z * fall))
+        fall = fall - jnp.max(jnp.where(counts, fall, jnp.min(fall)))
+        mean = jnp.sum(z * fall) / jnp.where(jnp.any(counts), jnp.sum(z), 1)
+        gradient = z * (fall - mean)
         gradient = gradient + jnp.asarray(weight_decay, dtype) * state.logits
         direction, adam_state = adam.update(gradient, state.adam)
         logits = state.logits - jnp.asarray(lr, dtype) * direction

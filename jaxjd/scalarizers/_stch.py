@@ -148,14 +148,14 @@ def _with_warmup(mu: jax.typing.ArrayLike, warmup_steps: int) -> Scalarizer:
 
 def _smooth_maximum(values: jax.Array, mu: jax.Array, where: jax.Array | bool = True) -> jax.Array:
     """``mu log sum exp(values / mu)``, which neither overflows nor loses the largest value."""
-    values = jnp.where(where, values, -jnp.inf)
-    largest = lax.stop_gradient(jnp.max(values))
+    lowest = lax.stop_gradient(jnp.min(values))
+    largest = lax.stop_gradient(jnp.max(jnp.where(where, values, lowest)))
     gaps = values - largest
     # A compiler may fuse this with how the values came about, and round the largest one's gap to
     # what is not zero; over a small `mu` that would be a lot.
-    top = jnp.arange(values.size) == jnp.argmax(values)
+    top = jnp.arange(values.size) == jnp.argmax(jnp.where(where, values, lowest))
     gaps = gaps - lax.stop_gradient(jnp.where(top, gaps, jnp.maximum(gaps, 0)))
     # What underflows is left out before the division, which could overflow.
-    counts = gaps > mu * jnp.log(jnp.finfo(values.dtype).tiny)
+    counts = where & (gaps > mu * jnp.log(jnp.finfo(values.dtype).tiny))
     terms = jnp.where(counts, jnp.exp(jnp.where(counts, gaps, 0) / mu), 0)
     return largest + mu * jnp.log(jnp.sum(terms))

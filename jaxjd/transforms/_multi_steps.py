@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxjd.base import Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_length, check_static_int
-from jaxjd.linalg.algebra import count_tasks
+from jaxjd.linalg.algebra import count_rows, plain_leaves
 from jaxjd.linalg.sharded import mark_like
 from jaxjd.transforms._arguments import check_transform
 from jaxjd.weightings._losses import read_losses
@@ -27,7 +27,7 @@ class MultiStepsState(NamedTuple):
       step: How many updates there were, int32.
       inner_state: The state of the transformation; it changes when there is an update.
       jacobian: The sum of the accumulated Jacobians, leaves of shape ``(m, *param.shape)`` in at
-        least float32.
+        least float32; that of a plain gradient stands in each of the `m` places.
       losses: The sum of the accumulated losses, shape ``(m,)``; zeros if none are passed.
       cross_jacobians: The sums of the pair of Jacobians; the empty tuple unless asked for.
 
@@ -75,7 +75,9 @@ def multi_steps(
     Returns:
       A transformation with state `MultiStepsState`. The sums are kept in at least float32; factored
       leaves are materialized. The extra argument ``losses`` reaches `tx` as the mean over the
-      microbatches, as a vector; other extra arguments are those of the last microbatch.
+      microbatches, as a vector; other extra arguments are those of the last microbatch. Leaves that
+      are plain gradients, shaped like their parameters (task heads beside the Jacobian of a trunk),
+      are accumulated likewise, for a `jaxjd.partition` that takes them.
 
     Raises:
       ValueError: If an argument is out of range; in `update`, if the Jacobian is malformed or has
@@ -109,7 +111,8 @@ def multi_steps(
     def update(
         updates: Jacobian, state: MultiStepsState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, MultiStepsState]:
-        m = count_tasks(updates, params)
+        like = _shapes(state.jacobian) if params is None else params
+        m = count_rows(updates, like, plain_leaves(updates, like))
         if m is None:
             return updates, state
         check_length("the Jacobian", m, num_tasks)
@@ -158,13 +161,33 @@ def multi_steps(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _shapes(total: Jacobian) -> PyTree:
+    """The shapes of the parameters that the sums belong to."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), total)
+
+
 def _add(new: Jacobian, total: Jacobian) -> Jacobian:
+    plain = plain_leaves(new, _shapes(total))
+    if any(plain):
+        leaves, treedef = jax.tree.flatten(new)
+        sizes = [leaf.shape[0] for leaf in jax.tree.leaves(total)]
+        rows = [
+            jnp.broadcast_to(leaf, (size, *leaf.shape)) if is_plain else leaf
+            for leaf, size, is_plain in zip(leaves, sizes, plain, strict=True)
+        ]
+        new = jax.tree.unflatten(treedef, rows)
     sums = [old + leaf for leaf, old in paired_leaves(new, total, "multi_steps")]
     return jax.tree.unflatten(jax.tree.structure(total), sums)
 
 
 def _mean(total: Jacobian, count: jax.Array, like: Jacobian) -> Jacobian:
-    leaves = zip(jax.tree.leaves(total), jax.tree.leaves(like), strict=True)
+    sums = [
+        leaf[0] if is_plain else leaf
+        for leaf, is_plain in zip(
+            jax.tree.leaves(total), plain_leaves(like, _shapes(total)), strict=True
+        )
+    ]
+    leaves = zip(sums, jax.tree.leaves(like), strict=True)
     means = [(leaf / count.astype(leaf.dtype)).astype(wanted.dtype) for leaf, wanted in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), mark_like(means, like))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxjd.base import Jacobian, PyTree, stack_states
 from jaxjd.checks import check_length, check_static_int, path_name
-from jaxjd.linalg.algebra import count_tasks, materialize
+from jaxjd.linalg.algebra import count_rows, materialize, plain_leaves
 from jaxjd.transforms._arguments import check_transform
 
 
@@ -49,7 +50,9 @@ def per_task(
       A transformation with state `PerTaskState`. It takes and returns a Jacobian, with leaves of
       shape ``(m, *param.shape)``; factored leaves are materialized, and leaves that are split over
       devices refused, since `tx` may sum over entries. `params` and extra arguments are the same
-      for all tasks.
+      for all tasks. Leaves that are plain gradients, shaped like their parameters (heads beside the
+      Jacobian of a trunk; `params` tell), belong to no task and pass as they are: `tx` sees zeros
+      in their place. (``optax.masked`` around `per_task` saves the state for them.)
 
     Raises:
       ValueError: If `tx` is no transformation or `num_tasks` no positive static int; in `update`,
@@ -71,16 +74,26 @@ def per_task(
     def update(
         updates: Jacobian, state: PerTaskState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[Jacobian, PerTaskState]:
-        m = count_tasks(updates, params)
+        plain = plain_leaves(updates, params)
+        m = count_rows(updates, params, plain)
         if m is None:
             return updates, state
         check_length("the Jacobian", m, num_tasks)
-        rows = materialize(updates)
+        leaves, treedef = jax.tree.flatten(updates)
+        rows = [
+            jnp.zeros((m, *leaf.shape), leaf.dtype) if is_plain else leaf
+            for leaf, is_plain in zip(leaves, plain, strict=True)
+        ]
+        rows = materialize(jax.tree.unflatten(treedef, rows))
         new, states = jax.vmap(lambda row, own: inner.update(row, own, params, **extra_args))(
             rows, state.inner_states
         )
         _check_shapes(rows, new)
-        return new, PerTaskState(states)
+        results = [
+            leaf if is_plain else result
+            for leaf, is_plain, result in zip(leaves, plain, jax.tree.leaves(new), strict=True)
+        ]
+        return jax.tree.unflatten(treedef, results), PerTaskState(states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
 from jaxjd.linalg.nonnegative_qp import solve_from
 from jaxjd.linalg.pivoting import support_solver
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.residuals import worst_case_residual
 from jaxjd.linalg.scaling import unit_diagonal
 
 _MAX_STEPS = 40
+_ROUNDING = 8.0  # Of a squared length that a Gramian gives, in ulps.
 _RESCALE = ("none", "square", "linear")
 
 
@@ -57,7 +59,7 @@ def cagrad(c: float, rescale: Literal["none", "square", "linear"] = "none") -> W
     if rescale not in _RESCALE:
         raise ValueError(f"`rescale` must be one of {_RESCALE}, got {rescale!r}.")
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         unit = unit_diagonal(stat)
         longest = jnp.max(unit.lengths)
@@ -69,9 +71,11 @@ def cagrad(c: float, rescale: Literal["none", "square", "linear"] = "none") -> W
         radius = size * jnp.sqrt(jnp.maximum(matmul(mean, improvement), 0))
         inverse = unit.inverse_lengths * scale
         x = _best_worst_case(unit.cosines, improvement, inverse, radius)
-        return ((1 / m + x * inverse) / shrink).astype(stat.dtype), state
+        weights = ((1 / m + x * inverse) / shrink).astype(stat.dtype)
+        certificate = jax.tree_util.Partial(worst_case_residual, weights * shrink, stat, size)
+        return weights, state, certificate
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
 
 
 @jax.custom_jvp
@@ -105,87 +109,56 @@ def _search(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""Finds `x`, the worst improvement ``mu``, and whether ``d - g_0`` is as long as the radius.
 
-    For a worst improvement ``mu``, the point of ``{d : J d >= mu}`` closest to ``g_0`` is a
-    nonnegative quadratic program; its distance is convex and increasing in ``mu``. The solution is
-    where the distance meets the radius.
+    The point of ``{d : J d >= mu}`` closest to ``g_0`` is a nonnegative quadratic program. Its `x`
+    bounds the optimum from above, as any ``x >= 0`` does by weak duality,
+
+        mu <= (<g_0, e> + radius |e|) / <x, 1 / |g|>,   e = U^T x,
+
+    and taking that bound for the next ``mu`` is Newton's method on the convex distance from above.
     """
     dtype = cosines.dtype
     eps = jnp.finfo(dtype).eps
     nonzero = ~(inverse_lengths == 0)
 
-    def closest(mu: jax.Array, start: jax.Array) -> jax.Array:
-        linear = improvement - mu * inverse_lengths
-        return solve_from(cosines, linear[None, :], start[None, :])[0]
+    def length(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.maximum(jnp.sum(x * matmul(x, cosines), axis=-1), 0))
 
-    def squares_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Beyond the largest feasible mu, x runs off along a null direction of C: count it too.
-        return jnp.maximum(matmul(x, matmul(cosines, x)), 0), 8 * eps * matmul(x, x)
+    def bound(x: jax.Array) -> jax.Array:
+        push = matmul(x, inverse_lengths)
+        top = matmul(x, improvement) + radius * length(x)
+        return jnp.where(push > 0, top / jnp.where(push > 0, push, 1), jnp.inf)
 
-    def is_vague(square: jax.Array, unseen: jax.Array) -> jax.Array:
-        return unseen > 1e-2 * square
-
-    def slope_of(x: jax.Array, distance: jax.Array) -> jax.Array:
-        return matmul(x, inverse_lengths) / jnp.where(distance > 0, distance, 1)
-
-    ratios = jnp.where(nonzero, improvement / jnp.where(nonzero, inverse_lengths, 1), jnp.inf)
-    reach = radius / jnp.where(nonzero, inverse_lengths, 1)
-    lowest = jnp.min(ratios)
-    highest = jnp.min(jnp.where(nonzero, ratios + reach, jnp.inf))
-    # A zero row improves by zero whatever is done, so no more can be promised.
-    any_zero = jnp.any(~nonzero)
-    lowest = jnp.where(any_zero, jnp.minimum(lowest, 0), lowest)
-    highest = jnp.where(any_zero, jnp.minimum(highest, 0), highest)
+    # The projection of g_0 onto the dual cone, and the direction of the hull's smallest point. The
+    # hull holds zero, as far as the Gramian can tell, where that is no longer than rounding.
+    linear = jnp.stack([improvement, -nonzero.astype(dtype)])
+    projected, smallest = solve_from(cosines, linear, jnp.maximum(-linear, 0))
+    stationary = length(smallest) <= jnp.sqrt(_ROUNDING * eps) * jnp.sum(smallest)
+    stationary = stationary | ~jnp.all(nonzero)  # A zero row is improved by nothing.
+    within = length(projected) <= radius
 
     def unfinished(carry: tuple) -> jax.Array:
         count, *_, done = carry
         return ~done & (count < _MAX_STEPS)
 
     def newton(carry: tuple) -> tuple:
-        count, mu, low, high, x, last_mu, last_distance, _ = carry
-        x = closest(mu, x)
-        square, unseen = squares_of(x)
-        distance = jnp.sqrt(square + unseen)
-        slope = slope_of(x, distance)
-        excess = distance - radius
-        # The slope does not know of what is counted in addition. Where that is much of the
-        # distance, the secant does; from above it never steps beyond a root of a convex function.
-        vague = is_vague(square, unseen)
-        secant = (last_distance - distance) / jnp.where(last_mu > mu, last_mu - mu, 1)
-        slope = jnp.where(vague & (last_mu > mu), jnp.minimum(slope, secant), slope)
-        low = jnp.where(excess <= 0, mu, low)
-        high = jnp.where(excess > 0, mu, high)
-        proposal = mu - excess / jnp.where(slope > 0, slope, 1)
-        inside = (slope > 0) & (proposal >= low) & (proposal <= high)
-        proposal = jnp.where(inside, proposal, (low + high) / 2)
-        close = jnp.abs(excess) <= 4 * eps * radius
-        capped = (excess <= 0) & (mu >= high)
-        stuck = high - low <= 2 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-        # Then the solution is at zero (see below), and need not be approached any closer.
-        zero = vague & (mu > 0) & (jnp.abs(excess) <= 0.1 * radius)
-        done = close | capped | stuck | zero | ~jnp.isfinite(distance)
-        proposal = jnp.where(done, mu, proposal).astype(dtype)
-        return count + 1, proposal, low, high, x, mu, distance, done
+        count, mu, x, _ = carry
+        linear = improvement - mu * inverse_lengths
+        x = solve_from(cosines, linear[None, :], x[None, :])[0]
+        # x^T C x = x^T (C x + q) - q^T x, where complementarity makes the first term small.
+        slack = matmul(x, cosines) + linear
+        distance = jnp.sqrt(jnp.maximum(matmul(x, slack) - matmul(linear, x), 0))
+        push = matmul(inverse_lengths, x)
+        better = mu - distance * (distance - radius) / jnp.where(push > 0, push, 1)
+        done = (distance <= radius * (1 + 4 * eps)) | ~(better < mu)
+        return count + 1, jnp.where(done, mu, better), x, done
 
-    nothing = jnp.zeros_like(improvement)
-    none_yet = jnp.full_like(highest, -jnp.inf)
-    infinite = ~jnp.isfinite(highest)
-    start = (0, highest, lowest, highest, nothing, none_yet, none_yet, infinite)
-    _, mu, _, _, x, *_ = lax.while_loop(unfinished, newton, start)
-
-    # What was counted in addition is taken out by one step more. Where it is most of the distance,
-    # no mu > 0 is feasible: the hull of the rows holds zero, and the largest one is 0.
-    square, unseen = squares_of(x)
-    stationary = (mu > 0) & is_vague(square, unseen)
-    distance = jnp.sqrt(square)
-    slope = slope_of(x, distance)
-    step = (radius - distance) / jnp.where(slope > 0, slope, 1)
-    better = jnp.where(stationary, 0, mu + jnp.where(slope > 0, step, 0))
-    corrected = closest(better, x)
-    miss, new_miss = (jnp.abs(d - radius) for d in (distance, jnp.sqrt(squares_of(corrected)[0])))
-    accepted = stationary | (new_miss < miss)
-    x = jnp.where(accepted, corrected, x)
-    mu = jnp.where(accepted, better, mu)
-    miss = jnp.where(accepted, new_miss, miss)
-    reached = ~stationary & (miss <= jnp.sqrt(eps) * radius)
+    # No row alone permits more than its own improvement and the radius.
+    tops = jnp.where(
+        nonzero, (improvement + radius) / jnp.where(nonzero, inverse_lengths, 1), jnp.inf
+    )
+    start = jnp.where(within, smallest, projected)
+    mu = jnp.minimum(jnp.min(tops), bound(start))
+    at_zero = stationary & within
+    _, mu, x, _ = lax.while_loop(unfinished, newton, (0, mu, projected, at_zero))
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
-    return jnp.where(finite, x, jnp.nan), mu, reached
+    return jnp.where(finite, x, jnp.nan), jnp.where(at_zero, 0, mu), ~at_zero

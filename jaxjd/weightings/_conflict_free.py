@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_length, check_square
 from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.pseudo_inverse import solve
+from jaxjd.linalg.pseudo_inverse import reaches, solve
+from jaxjd.linalg.residuals import cosine_residual
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 
@@ -49,21 +50,43 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
     """
     pref_vector = check_preference(pref_vector)
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         unit = unit_diagonal(stat)
         wanted = unit.nonzero.astype(stat.dtype)
         if pref_vector is not None:
             check_length("pref_vector", pref_vector.shape[0], m)
             wanted = wanted * pref_vector.astype(stat.dtype)
-        eps = m * jnp.finfo(stat.dtype).eps
         x = solve(unit.cosines, wanted)
         # U^+ p = U^T x, of squared length x^T C x; its product with g_i is that with U times D.
         products = matmul(unit.cosines, x)
         square = jnp.sum(x * products)
-        # Rounding leaves something of a p that is orthogonal to the range.
-        defined = ~(square <= jnp.square(eps) * jnp.sum(jnp.square(wanted)))
+        defined = reaches(unit.cosines, x, wanted)
         factor = jnp.sum(unit.lengths * products) / jnp.where(defined, square, 1)
-        return jnp.where(defined, factor, 0) * x * unit.inverse_lengths, state
+        weights = jnp.where(defined, factor, 0) * x * unit.inverse_lengths
+        certificate = jax.tree_util.Partial(
+            _residual, weights, x * unit.inverse_lengths, stat, wanted
+        )
+        return weights, state, certificate
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
+
+
+def _residual(
+    weights: jax.Array, direction: jax.Array, gramian: jax.Array, wanted: jax.Array
+) -> jax.Array:
+    """By how much the direction misses the cosines, and the weights its length.
+
+    Weights of zero are right as well, as far as no direction has the wanted cosines.
+    """
+    unit = unit_diagonal(gramian)
+    x, found = direction * unit.lengths, weights * unit.lengths
+    products = matmul(unit.cosines, x)
+    square = jnp.sum(x * products)
+    some = square > 0
+    factors = unit.lengths * products / jnp.where(some, square, 1)
+    size = jnp.sum(jnp.abs(factors)) * jnp.max(jnp.abs(x))
+    too_long = jnp.max(jnp.abs(found - jnp.sum(factors) * x)) / jnp.where(size > 0, size, 1)
+    solved = jnp.maximum(cosine_residual(direction, gramian, wanted), too_long)
+    none = jnp.where(jnp.any(weights != 0), solved, cosine_residual(weights, gramian, wanted))
+    return jnp.where(some, jnp.minimum(solved, none), none)

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.base import PyTree, Weighting, check_weighting, require_num_tasks, weight_dtype
+from jaxjd.base import (
+    Certified,
+    PyTree,
+    Weighting,
+    check_weighting,
+    require_num_tasks,
+    solve,
+    weight_dtype,
+)
 from jaxjd.checks import check_range, check_state, is_real, type_name
 
 
@@ -109,9 +117,9 @@ def cr_mogm(
             count=jnp.zeros((), jnp.int32), weights=start, inner=weighting.init(num_tasks, params)
         )
 
-    def update(stat: Any, state: CRMOGMState, **extra_args: Any) -> tuple[jax.Array, CRMOGMState]:
+    def update(stat: Any, state: CRMOGMState, **extra_args: Any) -> tuple:
         check_state("`cr_mogm`", state, CRMOGMState)
-        new, inner = weighting.update(stat, state.inner, **extra_args)
+        new, inner, certificate = solve(weighting.update, stat, state.inner, **extra_args)
         if new.shape != state.weights.shape:
             raise ValueError(
                 f"The state of `cr_mogm` holds weights of shape {state.weights.shape}, but there "
@@ -128,6 +136,6 @@ def cr_mogm(
             weights=smoothed.astype(state.weights.dtype),
             inner=inner,
         )
-        return smoothed.astype(new.dtype), next_state
+        return smoothed.astype(new.dtype), next_state, certificate
 
-    return type(weighting)(init, update)
+    return type(weighting)(init, Certified(update))

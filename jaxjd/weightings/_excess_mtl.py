@@ -116,14 +116,13 @@ def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> Jacobi
 
         collecting = state.count < baseline_calls
         baseline = state.baseline.astype(dtype)
-        # A task whose baseline is zero counts as unchanged once it has a gradient.
-        relative = jnp.where(
-            baseline > 0, risk / jnp.where(baseline > 0, baseline, 1), (risk > 0).astype(dtype)
-        )
+        # A task without a gradient so far is relative to its first risk.
+        reference = jnp.where(baseline == 0, risk, baseline)
+        relative = risk / jnp.where(reference == 0, 1, reference)
         log_weights = state.log_weights.astype(dtype)
         moved = jax.nn.log_softmax(log_weights + robust_step_size * relative)
         log_weights = jnp.where(collecting, log_weights, moved)
-        baseline = jnp.where(collecting, baseline + risk / baseline_calls, baseline)
+        baseline = jnp.where(collecting, baseline + risk / baseline_calls, reference)
         next_state = ExcessMTLState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             log_weights=log_weights.astype(state.log_weights.dtype),

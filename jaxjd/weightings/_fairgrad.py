@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
 from jaxjd.linalg.fairness import fair_weights
+from jaxjd.linalg.residuals import fairness_residual
 
 
 def fairgrad(alpha: float) -> Weighting:
@@ -41,11 +42,18 @@ def fairgrad(alpha: float) -> Weighting:
     """
     check_range("alpha", alpha, at_least=0)
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         fairness = jnp.asarray(alpha, stat.dtype)
         positive = fairness > 0
         weights = fair_weights(stat, 1 / jnp.where(positive, fairness, 1))
-        return jnp.where(positive, weights, 1 / m).astype(stat.dtype), state
+        weights = jnp.where(positive, weights, 1 / m).astype(stat.dtype)
+        return weights, state, jax.tree_util.Partial(_residual, weights, stat, fairness)
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
+
+
+def _residual(weights: jax.Array, gramian: jax.Array, alpha: jax.Array) -> jax.Array:
+    positive = alpha > 0
+    residual = fairness_residual(weights, gramian, 1 / jnp.where(positive, alpha, 1))
+    return jnp.where(positive, residual, jnp.max(jnp.abs(weights.size * weights - 1)))

@@ -83,7 +83,9 @@ def constant(weights: jax.typing.ArrayLike) -> Weighting:
     weights = as_vector("weights", weights)
 
     def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
-        check_length("weights", weights.shape[0], check_square("gramian", stat))
-        return weights.astype(stat.dtype), state
+        m = check_square("gramian", stat)
+        check_length("weights", weights.shape[0], m)
+        # Zeros made here belong to the mesh of the call, wherever `weights` was made.
+        return jnp.zeros((m,), stat.dtype) + weights.astype(stat.dtype), state
 
     return Weighting(stateless, update)

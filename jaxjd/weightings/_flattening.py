@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import CrossGramianWeighting, JacobianWeighting, PyTree, Weighting
+from jaxjd.base import (
+    Certified,
+    CrossGramianWeighting,
+    JacobianWeighting,
+    PyTree,
+    Weighting,
+    solve,
+)
 from jaxjd.checks import check_static_int, type_name
 
 
@@ -50,7 +57,7 @@ def flattening(weighting: Weighting) -> Weighting:
         shape = tuple(check_static_int("num_tasks", size, at_least=1) for size in shape)
         return weighting.init(math.prod(shape), params)
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         ndim = getattr(stat, "ndim", 1)
         k = ndim // 2
         if ndim == 0 or ndim % 2 or stat.shape[:k] != stat.shape[: k - 1 : -1]:
@@ -62,7 +69,7 @@ def flattening(weighting: Weighting) -> Weighting:
         size = math.prod(shape)
         order = (*range(k), *reversed(range(k, 2 * k)))
         square = jnp.transpose(stat, order).reshape(size, size)
-        weights, state = weighting.update(square, state, **extra_args)
-        return weights.reshape(shape), state
+        weights, state, certificate = solve(weighting.update, square, state, **extra_args)
+        return weights.reshape(shape), state, certificate
 
-    return Weighting(init, update)
+    return Weighting(init, Certified(update))

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state
+from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.weightings._losses import read_losses
 
 
@@ -60,9 +62,9 @@ def gradnorm(alpha: float = 1.5, lr: float = 0.025) -> Weighting:
     Returns:
       A `Weighting` with state `GradNormState`; the weights sum to ``m``, and those of the first
       call are ones. Its `update` needs the extra argument ``losses=``, one number per task as a
-      vector or a pytree in the order of the tasks. Those of the first call are :math:`L^{(0)}`.
-      Losses are meant to be positive: a negative one counts as zero, and a task whose first loss is
-      not positive counts as unchanged.
+      vector or a pytree in the order of the tasks. The first positive loss of a task
+      is its :math:`L^{(0)}`. Losses are meant to be positive: a negative one counts as zero, and a
+      task that has had no positive loss counts as unchanged.
 
     Raises:
       ValueError: If an argument is out of range; in `init`, without `num_tasks`; in `update`,
@@ -99,7 +101,9 @@ def gradnorm(alpha: float = 1.5, lr: float = 0.025) -> Weighting:
         check_length("state.logits", state.logits.shape[0], m)
         dtype = stat.dtype
         losses = read_losses(extra_args, "gradnorm", m, dtype)
-        initial = jnp.where(state.count == 0, losses, state.initial_losses.astype(dtype))
+        # A task may be missing, with a loss of zero: its first positive loss is its initial one.
+        initial = state.initial_losses.astype(dtype)
+        initial = jnp.where(initial <= 0, losses, initial)
         known = ~(initial <= 0)
         ratios = jnp.where(known, jnp.maximum(losses, 0) / jnp.where(known, initial, 1), 1)
         average = jnp.mean(ratios)
@@ -107,10 +111,12 @@ def gradnorm(alpha: float = 1.5, lr: float = 0.025) -> Weighting:
 
         logits = state.logits.astype(dtype)
         weights = m * jax.nn.softmax(logits)
-        norms = weights * jnp.sqrt(jnp.maximum(jnp.diagonal(stat), 0))
+        norms = weights * safe_sqrt(jnp.diagonal(stat))
         mean = jnp.mean(norms)
         relative = norms / jnp.where(mean == 0, 1, mean)
-        slope = jnp.sign(relative - rates ** jnp.asarray(alpha, dtype)) * relative
+        # A sign has no derivative, and a power of a rate of zero may have an infinite one.
+        signs = lax.stop_gradient(jnp.sign(relative - rates ** jnp.asarray(alpha, dtype)))
+        slope = signs * relative
         slope = slope - weights / m * jnp.sum(slope)
         logits = logits - jnp.asarray(lr, dtype) * slope
         next_state = GradNormState(

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxjd.base import PyTree, Weighting, fresh_key, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.linalg.scaling import safe_sqrt, unit_diagonal
 from jaxjd.weightings._pcgrad import random_orders
 
 
@@ -122,12 +122,12 @@ def vaccinate(
     largest = 1 - 4 * jnp.finfo(dtype).eps
 
     def sine(cosine: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.maximum(1 - cosine * cosine, 0))
+        return safe_sqrt(1 - cosine * cosine)
 
     def meet(carry: tuple, others: jax.Array) -> tuple[tuple, None]:
         # Row i holds the coefficients of c_i and the products <c_i, g_k>, g_k of unit length.
         coefficients, products, target = carry
-        length = jnp.sqrt(jnp.maximum(jnp.sum(coefficients * products, axis=1), 0))
+        length = safe_sqrt(jnp.sum(coefficients * products, axis=1))
         product = products[tasks, others]
         cosine = jnp.where(length > 0, product / jnp.where(length > 0, length, 1), 0)
         wanted = target[tasks, others]

@@ -80,7 +80,7 @@ def _sum_of_smallest(distances: jax.Array, number: int) -> jax.Array:
     others = ~jnp.eye(m, dtype=bool)
     dropped = m - 1 - number
     if dropped > _FEW:
-        ordered = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+        ordered = jnp.sort(jnp.where(others, distances, jnp.max(distances)), axis=1)
         return jnp.sum(ordered[:, :number], axis=1)
     # To take out a few largest ones is an order of magnitude faster than to sort.
     for _ in range(dropped):

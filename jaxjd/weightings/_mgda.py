@@ -7,9 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square
-from jaxjd.linalg.min_norm import min_norm_weights
+from jaxjd.linalg.min_norm import min_norm_weights, min_norm_weights_of
+from jaxjd.linalg.residuals import min_norm_residual
 from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._losses import read_losses
 
@@ -32,7 +33,9 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
     Args:
       normalization: What the gradients are divided by to find the weights: nothing (``"none"``),
         their lengths (``"l2"``), the losses (``"loss"``) or both (``"loss+"``). The last two read
-        the extra argument ``losses``, shape ``(m,)`` or a pytree of `m` scalars, positive. Static.
+        the extra argument ``losses``, shape ``(m,)`` or a pytree of `m` scalars, positive. A
+        task whose loss is exactly zero, as one without labels in a batch, gets no weight: its
+        normalized gradient is infinitely long. If all are zero, none is divided. Static.
 
     Returns:
       A `Weighting`.
@@ -53,14 +56,26 @@ def mgda(normalization: Literal["none", "l2", "loss", "loss+"] = "none") -> Weig
             f"`normalization` must be one of {_NORMALIZATIONS}, got {normalization!r}."
         )
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         if normalization in ("l2", "loss+"):
             unit = unit_diagonal(stat)
             stat = jnp.where(jnp.diag(~unit.nonzero), 0, unit.cosines)
         if normalization in ("loss", "loss+"):
             losses = read_losses(extra_args, "mgda", m, stat.dtype)
-            stat = stat / losses[:, None] / losses[None, :]
-        return min_norm_weights(stat), state
+            # A loss of zero makes its row infinitely long, so that it gets no weight.
+            counts = (losses != 0) | jnp.all(losses == 0)
+            # Relative to the smallest, so that nothing overflows.
+            sizes = jnp.where(losses == 0, jnp.max(jnp.abs(losses)), jnp.abs(losses))
+            unit_loss = jnp.where(jnp.min(sizes) == 0, 1, jnp.min(sizes))
+            inverse = jnp.where(losses == 0, 1, unit_loss / jnp.where(losses == 0, 1, losses))
+            stat = stat * inverse[:, None] * inverse[None, :]
+            weights = min_norm_weights_of(stat, counts)
+            # What does not count asks for nothing, as another copy of a row with weight does.
+            places = jnp.where(counts, jnp.arange(m), jnp.argmax(weights))
+            stat = stat[places][:, places]
+        else:
+            weights = min_norm_weights(stat)
+        return weights, state, jax.tree_util.Partial(min_norm_residual, weights, stat)
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))

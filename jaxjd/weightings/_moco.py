@@ -8,10 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
+from jaxjd.base import (
+    Certified,
+    Jacobian,
+    JacobianWeighting,
+    PyTree,
+    require_num_tasks,
+    weight_dtype,
+)
 from jaxjd.checks import check_length, check_range, check_state
 from jaxjd.linalg.algebra import count_tasks, gramian
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.residuals import simplex_residual
 from jaxjd.linalg.sharded import mark_like
 from jaxjd.linalg.simplex import project_onto_simplex
 from jaxjd.weightings._losses import read_losses
@@ -108,11 +116,11 @@ def moco(
             tracked=zero_rows(params, m, "moco"),
         )
 
-    def update(stat: Jacobian, state: MoCoState, **extra_args: Any) -> tuple[jax.Array, MoCoState]:
+    def update(stat: Jacobian, state: MoCoState, **extra_args: Any) -> tuple:
         check_state("`moco`", state, MoCoState)
         m = count_tasks(stat)
         if m is None:
-            return state.weights, state
+            return state.weights, state, None
         check_length("state.weights", state.weights.shape[0], m)
         dtype = weight_dtype(stat)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -133,10 +141,14 @@ def moco(
         weights = state.weights.astype(dtype)
         products = gramian(mark_like(moved, stat)).astype(dtype)
         slope = matmul(products, weights) + jnp.asarray(rho, dtype) * weights
-        weights = projections[projection](weights - decayed(gamma, gamma_sigma) * slope)
+        stepped = weights - decayed(gamma, gamma_sigma) * slope
+        weights = projections[projection](stepped)
+        certificate = None
+        if projection == "simplex":
+            certificate = jax.tree_util.Partial(simplex_residual, weights, stepped)
         next_state = MoCoState(
             count=count, weights=weights.astype(state.weights.dtype), tracked=tracked
         )
-        return weights * factors, next_state
+        return weights * factors, next_state, certificate
 
-    return JacobianWeighting(init, update)
+    return JacobianWeighting(init, Certified(update))

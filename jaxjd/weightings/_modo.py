@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.base import (
+    Certified,
     CrossGramianWeighting,
     PyTree,
     require_num_tasks,
@@ -15,6 +16,7 @@ from jaxjd.base import (
 )
 from jaxjd.checks import check_length, check_range, check_square, check_state
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.residuals import simplex_residual
 from jaxjd.linalg.simplex import project_onto_simplex
 
 
@@ -70,13 +72,16 @@ def modo(gamma: float = 0.1, rho: float = 0.1) -> CrossGramianWeighting:
         m = require_num_tasks(num_tasks, "modo")
         return MoDoState(weights=jnp.full((m,), 1 / m, weight_dtype(params)))
 
-    def update(stat: jax.Array, state: MoDoState, **extra_args: Any) -> tuple[jax.Array, MoDoState]:
+    def update(stat: jax.Array, state: MoDoState, **extra_args: Any) -> tuple:
         m = check_square("cross-Gramian", stat)
         check_state("`modo`", state, MoDoState)
         check_length("state.weights", state.weights.shape[0], m)
         w = state.weights.astype(stat.dtype)
         step_size, pull = jnp.asarray(gamma, stat.dtype), jnp.asarray(rho, stat.dtype)
-        w = project_onto_simplex(w - step_size * (matmul(stat, w) + pull * w))
-        return w.astype(stat.dtype), MoDoState(weights=w.astype(state.weights.dtype))
+        moved = w - step_size * (matmul(stat, w) + pull * w)
+        w = project_onto_simplex(moved)
+        certificate = jax.tree_util.Partial(simplex_residual, w, moved)
+        state = MoDoState(weights=w.astype(state.weights.dtype))
+        return w.astype(stat.dtype), state, certificate
 
-    return CrossGramianWeighting(init, update)
+    return CrossGramianWeighting(init, Certified(update))

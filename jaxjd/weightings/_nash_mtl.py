@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
+from jaxjd.base import Certified, PyTree, Weighting, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
 from jaxjd.linalg.fairness import fair_weights
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.residuals import fairness_residual
+from jaxjd.linalg.scaling import safe_sqrt
 
 
 class NashMTLState(NamedTuple):
@@ -72,15 +74,17 @@ def nash_mtl(max_norm: float = 1.0, update_weights_every: int = 1) -> Weighting:
         m = require_num_tasks(num_tasks, "nash_mtl")
         return NashMTLState(jnp.zeros((), jnp.int32), jnp.zeros((m,), weight_dtype(params)))
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
+        solved = jnp.asarray(True)
         if every == 1:
             weights = fair_weights(stat, 1.0)
         else:
             check_state("`nash_mtl`", state, NashMTLState)
             check_length("state.weights", state.weights.shape[0], m)
+            solved = state.count % every == 0
             weights = lax.cond(
-                state.count % every == 0,
+                solved,
                 lambda: fair_weights(stat, 1.0),
                 lambda: state.weights.astype(stat.dtype),
             )
@@ -88,10 +92,18 @@ def nash_mtl(max_norm: float = 1.0, update_weights_every: int = 1) -> Weighting:
                 count=jnp.asarray(optax.safe_increment(state.count)),
                 weights=weights.astype(state.weights.dtype),
             )
-        norm = jnp.sqrt(jnp.maximum(matmul(weights, matmul(stat, weights)), 0))
+        norm = safe_sqrt(matmul(weights, matmul(stat, weights)))
         limit = jnp.asarray(max_norm, stat.dtype)
         clipped = (limit > 0) & (norm > limit)
         factor = jnp.where(clipped, limit / jnp.where(clipped, norm, 1), 1)
-        return (weights * factor).astype(stat.dtype), state
+        answer = (weights * factor).astype(stat.dtype)
+        return answer, state, jax.tree_util.Partial(_residual, answer, factor, stat, solved)
 
-    return Weighting(init, update)
+    return Weighting(init, Certified(update))
+
+
+def _residual(
+    answer: jax.Array, factor: jax.Array, gramian: jax.Array, solved: jax.Array
+) -> jax.Array:
+    residual = fairness_residual(answer / factor, gramian, 1.0)
+    return jnp.where(solved, residual, -1)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
+from jaxjd.base import Certificate, Certified, PyTree, Weighting, require_num_tasks, weight_dtype
 from jaxjd.checks import as_vector, check_length, check_range, check_square, check_state
+from jaxjd.linalg.min_norm import min_norm_weights
 from jaxjd.linalg.nonnegative_qp import nonnegative_qp
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.scaling import unit_diagonal
@@ -81,7 +82,7 @@ def pcd(
         m = require_num_tasks(num_tasks, "pcd")
         return PCDState(jnp.zeros((), jnp.int32), jnp.zeros((m,), weight_dtype(params)))
 
-    def update(stat: jax.Array, state: PCDState, **extra_args: Any) -> tuple[jax.Array, PCDState]:
+    def update(stat: jax.Array, state: PCDState, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         check_state("`pcd`", state, PCDState)
         check_length("state.squares", state.squares.shape[0], m)
@@ -97,24 +98,26 @@ def pcd(
             raise ValueError(
                 f"`tau` has {levels.shape[0]} entries, but there are {m - 1} secondary tasks."
             )
-        weights = _closest(stat, scales, jnp.broadcast_to(levels, (m - 1,)))
+        weights, certificate = _closest(stat, scales, jnp.broadcast_to(levels, (m - 1,)))
         finite = jnp.isfinite(stat).all()
         state = PCDState(
             count=jnp.where(finite, count, state.count),
             squares=jnp.where(finite, squares.astype(state.squares.dtype), state.squares),
         )
-        return jnp.where(finite, weights, jnp.nan), state
+        return jnp.where(finite, weights, jnp.nan), state, certificate
 
-    return Weighting(init, update)
+    return Weighting(init, Certified(update))
 
 
-def _closest(gramian: jax.Array, scales: jax.Array, levels: jax.Array) -> jax.Array:
-    """Returns the weights of the direction, at the length of the first row."""
+def _closest(
+    gramian: jax.Array, scales: jax.Array, levels: jax.Array
+) -> tuple[jax.Array, Certificate]:
+    """Returns the weights of the direction, at the length of the first row, and a certificate."""
     m = gramian.shape[0]
     unit = unit_diagonal(gramian)
     primary = jnp.zeros((m,), gramian.dtype).at[0].set(unit.nonzero[0].astype(gramian.dtype))
     if m == 1:
-        return primary
+        return primary, None
     # d = g~_1 + sum x_j g_j / |g_j| over the secondary rows, with x >= 0.
     cosines, products = unit.cosines[1:, 1:], unit.cosines[1:, 0]
     lengths = unit.lengths * scales
@@ -134,7 +137,50 @@ def _closest(gramian: jax.Array, scales: jax.Array, levels: jax.Array) -> jax.Ar
     some = square > 4 * eps * jnp.square(jnp.sum(relative))
     factor = jnp.where(some, unit.lengths[0] / jnp.sqrt(jnp.where(some, square, 1)), 0)
     found = jnp.concatenate([scales[:1], x * unit.inverse_lengths[1:]]) * factor
-    return jnp.where(met & unit.nonzero[0], found, primary)
+    weights = jnp.where(met & unit.nonzero[0], found, primary)
+    return weights, jax.tree_util.Partial(_residual, weights, gramian, lengths[0], bounds, x)
+
+
+def _residual(
+    weights: jax.Array, gramian: jax.Array, length: jax.Array, bounds: jax.Array, x: jax.Array
+) -> jax.Array:
+    """By how much `x` misses the program's conditions, and the weights the direction of `x`.
+
+    Weights of the first row alone are right as well, as far as zero is in the hull of the others.
+    """
+    unit = unit_diagonal(gramian)
+    cosines, eps = unit.cosines[1:, 1:], jnp.finfo(gramian.dtype).eps
+
+    def square(y: jax.Array) -> jax.Array:
+        # Without what rounding leaves of nothing.
+        level = 8 * y.size * eps * jnp.sum(y * y)
+        return jnp.maximum(matmul(y, matmul(unit.cosines, y)) - level, 0)
+
+    scale = jnp.maximum(length, jnp.max(bounds))
+    scale = jnp.where(scale > 0, scale, 1)
+    slack = matmul(cosines, x) + unit.cosines[1:, 0] * length - bounds
+    unmet = jnp.max(jnp.abs(jnp.minimum(x, slack))) / scale
+    # In units of unit rows: the direction, and what the weights make of the rows.
+    direction = jnp.concatenate([length[None], x]) / scale
+    made = weights * unit.lengths / jnp.where(unit.nonzero[0], unit.lengths[0], 1)
+    largest = jnp.max(jnp.abs(made))
+    factor = made[0] * scale / jnp.where(length > 0, length, 1)
+    aside = jnp.max(jnp.abs(made - factor * direction)) / jnp.where(largest > 0, largest, 1)
+    too_long = jnp.abs(matmul(made, matmul(unit.cosines, made)) - 1) / jnp.maximum(
+        matmul(made, made), 1
+    )
+    wrong = jnp.where(largest > 0, jnp.maximum(aside, too_long), jnp.sqrt(square(direction)))
+    solved = jnp.maximum(unmet, wrong)
+
+    combination = min_norm_weights(cosines)
+    distance = jnp.sqrt(square(jnp.concatenate([jnp.zeros_like(length)[None], combination])))
+    alone = jnp.max(jnp.abs(weights.at[0].add(-1)))
+    contradiction = matmul(combination, bounds) > 0
+    infeasible = jnp.where(contradiction, jnp.maximum(alone, distance), solved)
+    residual = jnp.minimum(solved, infeasible)
+    nothing = (largest > 0).astype(gramian.dtype)
+    residual = jnp.where(unit.nonzero[0], residual, nothing)
+    return jnp.where(jnp.isfinite(gramian).all() & jnp.isfinite(weights).all(), residual, jnp.nan)
 
 
 def _check_tau(tau: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import Jacobian, PyTree, weight_dtype
 from jaxjd.checks import path_name, type_name
+from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.linalg.sharded import local_rows, sum_leaves
 
 
@@ -85,4 +86,4 @@ def row_norms(jacobian: Jacobian) -> jax.Array:
         entries = local_rows(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
         axes = tuple(range(1, entries.ndim))
         squares.append(jnp.sum(jnp.square(entries), axis=axes).astype(dtype))
-    return jnp.sqrt(sum_leaves(squares, leaves))
+    return safe_sqrt(sum_leaves(squares, leaves))

@@ -17,6 +17,7 @@ from jaxjd.base import (
 )
 from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.linalg.simplex import project_onto_simplex
 from jaxjd.weightings._preference import check_preference, preference
 
@@ -105,8 +106,7 @@ def sdmgrad(
         dtype = stat.dtype
         preferred = preference(pref_vector, m, dtype)
         # Noise can make a diagonal entry of A negative; it then counts as zero.
-        diagonal = jnp.maximum(jnp.diagonal(stat), 0)
-        scale = jnp.mean(jnp.sqrt(diagonal))
+        scale = jnp.mean(safe_sqrt(jnp.diagonal(stat)))
         normalized = stat / jnp.where(scale > 0, scale, 1) / jnp.where(scale > 0, scale, 1)
         w = _descend(
             normalized,

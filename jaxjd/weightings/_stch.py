@@ -10,6 +10,7 @@ import optax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, stateless, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
+from jaxjd.linalg.scaling import safe_sqrt
 
 
 class STCHState(NamedTuple):
@@ -78,7 +79,7 @@ def stch(mu: float = 1.0, warmup_steps: int | None = None) -> Weighting:
 
     def plain(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
         check_square("gramian", stat)
-        return weigh(_norms(stat)), state
+        return weigh(safe_sqrt(jnp.diagonal(stat))), state
 
     if warmup_steps is None:
         return Weighting(stateless, plain)
@@ -93,26 +94,18 @@ def stch(mu: float = 1.0, warmup_steps: int | None = None) -> Weighting:
         m = check_square("gramian", stat)
         check_state("`stch`", state, STCHState)
         check_length("state.nadir", state.nadir.shape[0], m)
-        norms = _norms(stat)
+        norms = safe_sqrt(jnp.diagonal(stat))
         collecting = state.count < warmup_steps
         nadir = state.nadir.astype(stat.dtype)
-        # A task whose nadir is zero counts as unchanged once it has a gradient.
-        relative = jnp.where(
-            nadir == 0, (norms > 0).astype(stat.dtype), norms / jnp.where(nadir == 0, 1, nadir)
-        )
+        # A task without a gradient in the warm-up is relative to its first one.
+        reference = jnp.where(nadir == 0, norms, nadir)
+        relative = norms / jnp.where(reference == 0, 1, reference)
         weights = weigh(jnp.where(collecting, jnp.ones_like(norms), relative))
         weights = jnp.where(jnp.isfinite(norms).all(), weights, jnp.nan)
-        nadir = jnp.where(collecting, nadir + norms / warmup_steps, nadir)
+        nadir = jnp.where(collecting, nadir + norms / warmup_steps, reference)
         return weights, STCHState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             nadir=nadir.astype(state.nadir.dtype),
         )
 
     return Weighting(init, update)
-
-
-def _norms(gramian: jax.Array) -> jax.Array:
-    """The lengths of the rows, with a derivative of zero, not NaN, at a zero row."""
-    squares = jnp.diagonal(gramian)
-    zero = squares <= 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))

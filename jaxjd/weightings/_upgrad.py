@@ -7,9 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square, type_name
-from jaxjd.linalg.dual_cone import DualConeProjector, exact_projector, regularized_projector
+from jaxjd.linalg.dual_cone import (
+    DualConeProjector,
+    exact_projector,
+    projection_certificate,
+    regularized_projector,
+)
 from jaxjd.weightings._preference import check_preference, preference
 
 
@@ -48,12 +53,14 @@ def upgrad(
     pref_vector = check_preference(pref_vector)
     project = _projector(projector)
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
         rows = jnp.diag(preference(pref_vector, m, stat.dtype))
-        return jnp.sum(project(rows, stat), axis=0), state
+        projected = _project(project, rows, stat)
+        certificate = projection_certificate(project, projected, rows, stat)
+        return jnp.sum(projected, axis=0), state, certificate
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
 
 
 def dualproj(
@@ -89,11 +96,13 @@ def dualproj(
     pref_vector = check_preference(pref_vector)
     project = _projector(projector)
 
-    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple[jax.Array, PyTree]:
+    def update(stat: jax.Array, state: PyTree, **extra_args: Any) -> tuple:
         m = check_square("gramian", stat)
-        return project(preference(pref_vector, m, stat.dtype), stat), state
+        row = preference(pref_vector, m, stat.dtype)
+        projected = _project(project, row, stat)
+        return projected, state, projection_certificate(project, projected, row, stat)
 
-    return Weighting(stateless, update)
+    return Weighting(stateless, Certified(update))
 
 
 def _projector(projector: DualConeProjector | None) -> DualConeProjector:
@@ -104,13 +113,13 @@ def _projector(projector: DualConeProjector | None) -> DualConeProjector:
             "`projector` must be a function of (U, G), as `jaxjd.linalg.exact_projector()` returns "
             f"one, got {projector!r}."
         )
+    return projector
 
-    def checked(U: jax.Array, G: jax.Array) -> jax.Array:  # noqa: N803
-        V = projector(U, G)  # noqa: N806
-        if getattr(V, "shape", None) != U.shape:
-            raise ValueError(
-                f"`projector` must return weights of the shape {U.shape} of U, got {type_name(V)}."
-            )
-        return V
 
-    return checked
+def _project(projector: DualConeProjector, U: jax.Array, G: jax.Array) -> jax.Array:  # noqa: N803
+    V = projector(U, G)  # noqa: N806
+    if getattr(V, "shape", None) != U.shape:
+        raise ValueError(
+            f"`projector` must return weights of the shape {U.shape} of U, got {type_name(V)}."
+        )
+    return V

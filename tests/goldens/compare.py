@@ -21,6 +21,9 @@ from tests.goldens.methods import Golden, bound, error, rounding, row_lengths, s
 
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
 SEQUENCE_TASKS = (3, 20)
+SEQUENCES = ("plain", "badly scaled", "shrinking")
+TASKS = (1, 2, 3, 5, 20, 64)
+"""The numbers of tasks of all matrices."""
 
 
 @functools.cache
@@ -82,8 +85,13 @@ class Case:
         return bound(change, max(rounding(golden, *call, dtype) for call in calls), dtype)
 
 
+def cases(golden: Golden, tasks: tuple[int, ...] = TASKS) -> list[Case]:
+    """The cases with so many tasks, in the order of the arrays."""
+    return [case for case in _cases(golden) if case.num_tasks in tasks]
+
+
 @functools.cache
-def cases(golden: Golden) -> list[Case]:
+def _cases(golden: Golden) -> list[Case]:
     arrays, result = load(), []
     if golden.kind == "matrix":
         inputs = [(name, J[None]) for name, J in jacobians().items() if golden.applies(J)]
@@ -91,11 +99,7 @@ def cases(golden: Golden) -> list[Case]:
         inputs = [
             (f"{label}, {m} tasks", pairs)
             for m in SEQUENCE_TASKS
-            for label, pairs in zip(
-                ("plain", "badly scaled", "shrinking"),
-                arrays[f"pairs/{m}"].astype(np.float64),
-                strict=True,
-            )
+            for label, pairs in zip(SEQUENCES, arrays[f"pairs/{m}"].astype(np.float64), strict=True)
         ]
     wanted, theirs = arrays[f"wanted/{golden.name}"], arrays[f"torchjd/{golden.name}"]
     changes, place, their_place = arrays[f"change/{golden.name}"], 0, 0
@@ -125,142 +129,155 @@ def public(golden: Golden) -> bool:
 
 # How each golden's weighting is made, where it is not the factory of that name.
 FACTORIES: dict[str, Callable[..., jaxjd.Weighting]] = {
-    "upgrad_regularized": lambda **kwargs: weightings.upgrad(
-        projector=regularized_projector(), **kwargs
-    ),
+    "upgrad_regularized": lambda **kwargs: weightings.upgrad(projector=_projector(True), **kwargs),
     "dualproj_regularized": lambda **kwargs: weightings.dualproj(
-        projector=regularized_projector(), **kwargs
+        projector=_projector(True), **kwargs
     ),
     "cr_mogm_imtl_g": lambda **kwargs: weightings.cr_mogm(weightings.imtl_g(), **kwargs),
     "cr_mogm_aligned_mtl": lambda **kwargs: weightings.cr_mogm(weightings.aligned_mtl(), **kwargs),
     "cr_mogm_upgrad": lambda: weightings.cr_mogm(
-        weightings.upgrad(projector=regularized_projector()), schedule
+        weightings.upgrad(projector=_projector(True)), schedule
     ),
 }
 
 
+PROJECTING = ("upgrad_regularized", "dualproj_regularized", "cr_mogm_upgrad")
+
+
+@functools.cache
+def _projector(regularized: bool) -> Callable[..., jax.Array]:
+    """One program for all weightings that project, which are called outside of jit."""
+    solve = jax.jit(regularized_projector() if regularized else exact_projector())
+
+    def projector(U: jax.Array, G: jax.Array) -> jax.Array:
+        # Each row is a problem by itself: a single one is solved beside rows of zeros.
+        square = U if U.ndim == 2 else jnp.zeros_like(G).at[0].set(U)
+        return solve(square, G) if U.ndim == 2 else solve(square, G)[0]
+
+    return projector
+
+
+_gramian = jax.jit(jaxjd.gramian)
+_cross_gramian = jax.jit(jaxjd.cross_gramian)
+
+
+def _make(method: str, hyper: dict[str, Any], static: dict[str, Any]) -> jaxjd.Weighting:
+    factory = FACTORIES.get(method) or getattr(weightings, method.removesuffix("_sequence"))
+    return factory(**hyper, **static)
+
+
 @functools.cache
 def _compiled(method: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """The jitted run of a batch of sequences of calls.
+    """The jitted call of a method, for every matrix of a shape and for calls in a row.
 
-    It takes the inputs ``(batch, calls, m, n)``, or pairs ``(batch, calls, 2, m, n)``, the traced
-    hyper-parameters and what was drawn, and returns what each call returns.
+    It takes the statistic, the state, the traced hyper-parameters and what was drawn, and returns
+    the output and the next state.
     """
 
-    def make(hyper: dict[str, jax.Array]) -> jaxjd.Weighting:
-        factory = FACTORIES.get(method) or getattr(weightings, method.removesuffix("_sequence"))
-        return factory(**hyper, **dict(static))
-
-    def call(inputs: jax.Array, state: Any, hyper: dict[str, jax.Array], drawn: Any) -> Any:
-        first = inputs[0] if inputs.ndim == 3 else inputs
+    def call(stat: jax.Array, state: Any, hyper: dict[str, jax.Array], drawn: Any) -> Any:
         if method == "pcgrad":
-            return project_conflicts(jaxjd.gramian(inputs), drawn), state
+            return project_conflicts(stat, drawn), state
         if method == "gradvac":
-            return vaccinate(jaxjd.gramian(first), state, drawn, hyper["beta"], hyper["eps"])
+            return vaccinate(stat, state, drawn, hyper["beta"], hyper["eps"])
         if method == "graddrop":
             from jaxjd.aggregators._graddrop import drop_signs
 
-            return drop_signs(inputs, drawn, hyper.get("leak")), state
+            return drop_signs(stat, drawn, hyper.get("leak")), state
         if method == "trimmed_mean":
             aggregator = jaxjd.trimmed_mean(**dict(static))
-            return aggregator.update(inputs, aggregator.init(inputs[0]))
-        if method in ("upgrad", "dualproj"):
-            # The projection of every row is looked at as well.
-            rows = []
+            return aggregator.update(stat, aggregator.init(stat[0]))
+        return _make(method, hyper, dict(static)).update(stat, state)
 
-            def projector(U: jax.Array, G: jax.Array) -> jax.Array:
-                rows.append(exact_projector()(U, G))
-                return rows[0]
-
-            weighting = getattr(weightings, method)(projector=projector, **hyper)
-            weights, state = weighting.update(jaxjd.gramian(inputs), state)
-            return (weights, rows[0]), state
-        weighting = make(hyper)
-        if isinstance(weighting, jaxjd.JacobianWeighting):
-            stat = first
-        elif isinstance(weighting, jaxjd.CrossGramianWeighting):
-            stat = jaxjd.cross_gramian(inputs[0], inputs[1])
-        else:
-            stat = jaxjd.gramian(first)
-        return weighting.update(stat, state)
-
-    def initial(inputs: jax.Array, hyper: dict[str, jax.Array]) -> Any:
-        m, params = inputs.shape[-2], inputs[(0,) * (inputs.ndim - 1)]
-        if method == "gradvac":
-            return jnp.zeros((m, m), inputs.dtype)
-        if method in ("pcgrad", "graddrop", "trimmed_mean", "upgrad", "dualproj"):
-            return ()
-        return make(hyper).init(m, params)
-
-    @jax.jit
-    def run(inputs: jax.Array, hyper: dict[str, jax.Array], drawn: Any) -> Any:
-        def sequence(inputs: jax.Array, drawn: Any) -> Any:
-            state = initial(inputs, hyper)
-            if len(inputs) == 1:
-                drawn = jax.tree.map(lambda x: x[0], drawn)
-                output, _ = call(inputs[0], state, hyper, drawn)
-                return jax.tree.map(lambda x: x[None], output)
-
-            def step(state: Any, now: Any) -> Any:
-                output, state = call(now[0], state, hyper, now[1])
-                return state, output
-
-            return jax.lax.scan(step, state, (inputs, drawn))[1]
-
-        return jax.vmap(sequence)(inputs, drawn)
-
-    return run
+    return jax.jit(call)
 
 
-def _drawn(golden: Golden, group: list[Case], width: int) -> Any:
+def _project(method: str, gramian: jax.Array, hyper: dict[str, jax.Array]) -> Any:
+    """The weights, and the projection of every row, which is looked at as well."""
+    rows = []
+
+    def projector(U: jax.Array, G: jax.Array) -> jax.Array:
+        rows.append(_projector(False)(U, G))
+        return rows[0]
+
+    weights, _ = getattr(weightings, method)(projector=projector, **hyper).update(gramian, ())
+    return weights, rows[0]
+
+
+def _initial(method: str, m: int, width: int, hyper: dict[str, jax.Array], golden: Golden) -> Any:
+    dtype = jax.tree.leaves(hyper)[0].dtype if hyper else jnp.zeros(()).dtype
+    if method == "gradvac":
+        return jnp.zeros((m, m), dtype)
+    if method in ("pcgrad", "graddrop", "trimmed_mean", "upgrad", "dualproj"):
+        return ()
+    return _make(method, hyper, golden.static).init(m, jnp.zeros((width,), dtype))
+
+
+def _drawn(golden: Golden, case: Case, width: int) -> Any:
+    """What the method would draw, one leading index per call."""
     arrays = load()
     if golden.method == "pcgrad":
-        return np.stack([arrays[f"orders/pcgrad/{case.name}"][None].astype(int) for case in group])
+        return arrays[f"orders/pcgrad/{case.name}"][None].astype(int)
     if golden.method == "graddrop":
-        draws = [arrays[f"uniforms/{case.name}"][None] for case in group]
-        return np.stack([np.pad(draw, ((0, 0), (0, width - draw.shape[1]))) for draw in draws])
+        draws = arrays[f"uniforms/{case.name}"][None]
+        return np.pad(draws, ((0, 0), (0, width - draws.shape[1])))
     if golden.method == "gradvac":
-        return arrays[f"orders/gradvac/{group[0].num_tasks}"].astype(int)
+        number = SEQUENCES.index(case.name.partition(",")[0])
+        return arrays[f"orders/gradvac/{case.num_tasks}"][number].astype(int)
     return ()
 
 
 @functools.cache
-def ours(golden: Golden, dtype: str) -> dict[str, Any]:
+def _width(m: int) -> int:
+    """Columns of zeros change nothing: one shape for all matrices of m rows."""
+    widths = [J.shape[1] for J in jacobians().values() if len(J) == m]
+    if m in SEQUENCE_TASKS:
+        widths.append(load()[f"pairs/{m}"].shape[-1])
+    return max(widths)
+
+
+def _run(golden: Golden, case: Case, dtype: str) -> Any:
+    """Calls the method as often as the case asks for; the outputs have a leading axis of calls."""
+    method, m, width = golden.method, case.num_tasks, _width(case.num_tasks)
+    cast = lambda array: jnp.asarray(np.asarray(array, np.float64), DTYPES[dtype])
+    hyper = {key: cast(value) for key, value in golden.values(m).items()}
+    state = _initial(method, m, width, hyper, golden)
+    drawn = _drawn(golden, case, width)
+    outputs = []
+    for k, matrices in enumerate(case.inputs):
+        padding = [(0, 0)] * (matrices.ndim - 1) + [(0, width - matrices.shape[-1])]
+        J = cast(np.pad(matrices, padding))
+        first = J[0] if J.ndim == 3 else J
+        if golden.stat == "cross":
+            stat = _cross_gramian(J[0], J[1])
+        else:
+            stat = first if golden.stat == "jacobian" else _gramian(first)
+        if method in ("upgrad", "dualproj"):
+            output = _project(method, stat, hyper)
+        elif method in PROJECTING:
+            output, state = _make(method, hyper, golden.static).update(stat, state)
+        else:
+            now = jax.tree.map(lambda draws, k=k: draws[k], drawn)
+            now = cast(now) if method == "graddrop" else now
+            run = _compiled(method.removesuffix("_sequence"), tuple(golden.static.items()))
+            output, state = run(stat, state, hyper, now)
+        assert all(leaf.dtype == DTYPES[dtype] for leaf in jax.tree.leaves(output))
+        outputs.append(jax.tree.map(lambda x: np.asarray(x, np.float64), output))
+    result = jax.tree.map(lambda *calls: np.stack(calls), *outputs)
+    return result[:, : case.inputs.shape[-1]] if golden.measure == "entries" else result
+
+
+@functools.cache
+def _ours(golden: Golden, dtype: str, m: int) -> dict[str, Any]:
+    with jax.enable_x64(dtype == "float64"):
+        return {case.name: _run(golden, case, dtype) for case in cases(golden, (m,))}
+
+
+def ours(golden: Golden, dtype: str, tasks: tuple[int, ...] = TASKS) -> dict[str, Any]:
     """What jaxjd returns for each case, in float64: weights, or updates of what has none.
 
     For the projections it is a pair: the weights, and the weights of every projected row.
     """
-    result = {}
-    groups: dict[int, list[Case]] = {}
-    for case in cases(golden):
-        groups.setdefault(case.num_tasks, []).append(case)
-    with jax.enable_x64(dtype == "float64"):
-        run = _compiled(golden.method, tuple(golden.static.items()))
-        for m, group in groups.items():
-            # Columns of zeros change nothing: one shape for all matrices of m rows.
-            width = max(case.inputs.shape[-1] for case in group)
-            inputs = [
-                np.pad(
-                    case.inputs,
-                    [(0, 0)] * (case.inputs.ndim - 1) + [(0, width - case.inputs.shape[-1])],
-                )
-                for case in group
-            ]
-            hyper = {
-                key: jnp.asarray(np.asarray(value, np.float64), DTYPES[dtype])
-                for key, value in golden.values(m).items()
-            }
-            drawn = _drawn(golden, group, width)
-            if golden.method == "graddrop":
-                drawn = jnp.asarray(drawn, DTYPES[dtype])
-            outputs = run(jnp.asarray(np.stack(inputs), DTYPES[dtype]), hyper, drawn)
-            assert all(leaf.dtype == DTYPES[dtype] for leaf in jax.tree.leaves(outputs))
-            for k, case in enumerate(group):
-                output = jax.tree.map(lambda x, k=k: np.asarray(x[k], np.float64), outputs)
-                if golden.measure == "entries":
-                    output = output[:, : case.inputs.shape[-1]]
-                result[case.name] = output
-    return result
+    return {name: output for m in tasks for name, output in _ours(golden, dtype, m).items()}
 
 
 def weights_of(output: Any) -> np.ndarray:
@@ -272,10 +289,12 @@ def _worst(golden: Golden, case: Case, found: np.ndarray) -> float:
     return max(error(golden, *call) for call in calls)
 
 
-def errors(golden: Golden, dtype: str) -> Iterator[tuple[Case, float]]:
+def errors(
+    golden: Golden, dtype: str, tasks: tuple[int, ...] = TASKS
+) -> Iterator[tuple[Case, float]]:
     """The error of every case that has a solution."""
-    found = ours(golden, dtype)
-    for case in cases(golden):
+    found = ours(golden, dtype, tasks)
+    for case in cases(golden, tasks):
         if case.exists:
             yield case, _worst(golden, case, weights_of(found[case.name]))
 

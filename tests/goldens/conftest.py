@@ -2,6 +2,7 @@
 
 collect_ignore = [
     "make.py",
+    "make_cagrad.py",
     "make_names.py",
     "make_scalarizers.py",
     "matrices.py",
