@@ -9,6 +9,7 @@ pulled back the other way round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -348,8 +349,101 @@ def can_cut(program: Program, num_losses: int) -> bool:
     return set(atoms).isdisjoint(program.invars) and not any(map(is_explicit, avals))
 
 
+def pays(found: Cut, m: int) -> bool:
+    """Whether cutting saves a tenth of the work of a backward pass per task, or more."""
+    total = saved = 0.0
+    for part in found.parts:
+        params = {var for var, _ in part.sources[: part.num_params]}
+        # Their cotangents are made one by one anyway.
+        shared = {probe.number for probe in part.probes if probe.source not in params}
+        share = len(part.tasks) / m if part.tasks else 1 / m
+        for number, equation in enumerate(part.program.eqns):
+            work = _work(equation)
+            total += work
+            saved += 0 if number in shared else (1 - share) * work
+    return saved > total / 10
+
+
+def _work(equation: Any) -> float:
+    """The multiplications of an equation's products."""
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        size = math.prod(shape[axis] for axis in contract)
+        return float(size * math.prod(equation.outvars[0].aval.shape))
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(kernel) / outputs * math.prod(equation.outvars[0].aval.shape)
+    inner = [getattr(value, "jaxpr", value) for value in params.values()]
+    work = sum(_work(part) for jaxpr in inner for part in getattr(jaxpr, "eqns", ()))
+    return work * params.get("length", 1) if name == "scan" else work
+
+
+class Use(NamedTuple):
+    """What a part does with a parameter.
+
+    Attributes:
+      tasks: The losses.
+      choice: The form of their rows; None where the parameter's entries are the losses' own.
+      site: The layer, if there is one.
+    """
+
+    tasks: Tasks
+    choice: Choice | None
+    site: Site | None
+
+
+def uses(found: Cut, num_params: int, form: str) -> list[list[Use]]:
+    """What the parts do with every parameter."""
+    result: dict[Any, list[Use]] = {var: [] for var in found.program.invars[:num_params]}
+    for part in found.parts:
+        taps = find(part.program, part.num_params)
+        per_task = not part.tasks
+        choices = choose(taps, part.num_params, len(part.tasks) or 1, form, per_task)
+        for number, (var, key) in enumerate(part.sources):
+            if var not in result:
+                continue
+            if number >= part.num_params:
+                result[var].append(Use(found.owners[var].all, None, None))
+                continue
+            tasks = part.tasks or (key,)
+            result[var].append(Use(tasks, choices[number], taps.sites.get(number)))
+        for probe in part.probes:
+            if probe.source in result:
+                result[probe.source].append(_use_of(probe, part, form))
+    return list(result.values())
+
+
+def _use_of(probe: Probe, part: Part, form: str) -> Use:
+    equation = part.program.eqns[probe.number]
+    tasks = tuple(sorted(set(probe.tasks) - {-1}))
+    size = len(probe.tasks) // len(tasks)
+    resized = _resized(equation, probe, size) if _blocks(probe.tasks) else None
+    site = None if resized is None else _site(probe, resized, probe.source.aval)
+    own = "each loss has inputs of its own"
+    if site is None:
+        return Use(tasks, Choice("dense", False, f"used by {equation.primitive.name}, {own}"), None)
+    sizes = site.sizes(len(tasks), per_task=True)
+    keep = form == "factored" or is_cheaper(sizes)
+    why = "asked for" if form == "factored" else "cheaper"
+    choice = Choice("factored" if keep else "dense", True, f"{why}, {own}")
+    return Use(tasks, choice, site)
+
+
+def cut_losses(program: Program, num_params: int, num_losses: int) -> tuple[Cut, int] | None:
+    """Cuts a program by its first outputs, the losses; None where that saves nothing."""
+    if not can_cut(program, num_losses):
+        return None
+    atoms = program.outvars[:num_losses]
+    sizes = [atom.aval.size for atom in atoms]
+    found = cut(program, num_params, atoms, sizes)
+    return (found, sum(sizes)) if pays(found, sum(sizes)) else None
+
+
 def jacobian(
-    program: Program,
+    found: Cut,
     consts: Sequence[Any],
     params: Sequence[jax.Array],
     others: Sequence[Any],
@@ -362,9 +456,9 @@ def jacobian(
     Returns:
       Its outputs, and the leaves of the Jacobian of its first `num_losses` outputs.
     """
+    program = found.program
     atoms = program.outvars[:num_losses]
     sizes = [atom.aval.size for atom in atoms]
-    found = cut(program, len(params), atoms, sizes)
     values: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
     values.update(zip(program.invars, [*params, *others], strict=True))
 
@@ -494,7 +588,7 @@ def _probed(
             operand if axis is None else operand[index]
             for operand, axis in zip(split, probe.axes, strict=True)
         ]
-    site = _site(probe, equation_of, root)
+    site = _site(probe, equation_of, jax.typeof(root))
     if site is not None:
         inputs = split[1 - site.position]
         return Rows(tasks, site.leaf(inputs, cotangents, per_task=True))
@@ -537,9 +631,9 @@ def _resized(equation: Any, probe: Probe, size: int) -> Any | None:
     return equation.replace(params=params, invars=invars, outvars=outvars)
 
 
-def _site(probe: Probe, equation: Any, root: jax.Array) -> Site | None:
+def _site(probe: Probe, equation: Any, root: Any) -> Site | None:
     """The place of a parameter as the matrix of a layer with inputs of each loss's own."""
-    source = Variable(jax.typeof(root))
+    source = Variable(root)
     var: Any = source
     equations = []
     for view in probe.views:
@@ -597,9 +691,8 @@ def _joined(parts: Sequence[Rows | BlocksLeaf], param: jax.Array, form: str) -> 
         return Rows((), jnp.zeros((0, *param.shape), param.dtype))
     tasks = tuple(sorted({task for part in parts for task in part.tasks if task >= 0}))
     leaf = parts[0].rows if len(parts) == 1 else _stacked(parts)
-    if isinstance(leaf, FactoredLeaf) and form != "dense":
-        if form == "factored" or is_cheaper(leaf.sizes):
-            return Rows(tasks, leaf)
+    if isinstance(leaf, FactoredLeaf) and (form == "factored" or is_cheaper(leaf.sizes)):
+        return Rows(tasks, leaf)
     if isinstance(leaf, FactoredLeaf):
         return Rows(tasks, leaf.materialize())
     return Rows(tasks, _gather(parts, tasks, param))

@@ -41,6 +41,11 @@ class OpaqueLeaf(metaclass=_Opaque):
         self.shape = shape
         self.dtype = jnp.dtype(dtype)
 
+    @property
+    def arrays(self) -> list[Any]:
+        """What it is made of."""
+        raise NotImplementedError
+
     def materialize(self) -> Any:
         """The dense leaf, shape ``(m, *param.shape)``."""
         raise NotImplementedError

@@ -34,6 +34,15 @@ class RowsLeaf(OpaqueLeaf):
         self.tasks = tasks
         self.rows = rows
 
+    def with_arrays(self, rows: Any) -> RowsLeaf:
+        """The same leaf with other rows."""
+        return RowsLeaf(self.tasks, rows, self.shape[0])
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """What it is made of."""
+        return self.rows.arrays if isinstance(self.rows, FactoredLeaf) else [self.rows]
+
     def materialize(self) -> jax.Array:
         """The dense leaf, shape ``(m, *param.shape)``."""
         rows = self.rows.materialize() if isinstance(self.rows, FactoredLeaf) else self.rows
@@ -61,6 +70,15 @@ class BlocksLeaf(OpaqueLeaf):
         self.axis = axis
         self.tasks = tasks
         self.blocks = blocks
+
+    def with_arrays(self, blocks: jax.Array) -> BlocksLeaf:
+        """The same leaf with other gradients."""
+        return BlocksLeaf(self.axis, self.tasks, blocks, self.shape[0])
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """What it is made of."""
+        return [self.blocks]
 
     def _owned(self) -> jax.Array:
         """Which task owns which entry along the axis, shape ``(m, size)``."""
