@@ -34,5 +34,5 @@ def test_a_compiled_update_transfers_nothing(method):
         found_again, _ = update(jacobian, after, params, **extra)
     jax.tree.map(np.testing.assert_array_equal, (found, found_again), (expected, again))
     # The guard is on: an eager operation with a constant is refused.
-    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"[Dd]isallowed"):
         jnp.ones(3) + np.ones(3)
