@@ -11,7 +11,7 @@ import jax
 
 from jaxjd import weightings
 from jaxjd.aggregators._weighted import weighted
-from jaxjd.base import Aggregator
+from jaxjd.base import Aggregator, PyTree
 from jaxjd.linalg.dual_cone import DualConeProjector
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def aligned_mtl(
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     scale_mode: Literal["min", "median", "rmse"] = "min",
     *,
     num_tasks: int | None = None,
@@ -51,7 +51,8 @@ def aligned_mtl(
     See `jaxjd.weightings.aligned_mtl` (Senushkin et al., CVPR 2023).
 
     Args:
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       scale_mode: ``"min"``, ``"median"`` or ``"rmse"`` of the non-zero eigenvalues.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
@@ -101,15 +102,14 @@ def cagrad(
     return weighted(weightings.cagrad(c, rescale), num_tasks=num_tasks)
 
 
-def conflict_free(
-    pref_vector: jax.typing.ArrayLike | None = None, *, num_tasks: int | None = None
-) -> Aggregator:
+def conflict_free(pref_vector: PyTree | None = None, *, num_tasks: int | None = None) -> Aggregator:
     r"""ConFIG: the direction with equal cosines to all rows, as long as their projections on it.
 
     See `jaxjd.weightings.conflict_free` (Liu, Chu and Thuerey, ICLR 2025).
 
     Args:
-      pref_vector: The wanted cosines up to a factor, shape ``(m,)``; ones by default.
+      pref_vector: The wanted cosines up to a factor, shape ``(m,)`` or laid out as the losses; ones
+        by default.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -129,13 +129,13 @@ def conflict_free(
     return weighted(weightings.conflict_free(pref_vector), num_tasks=num_tasks)
 
 
-def constant(weights: jax.typing.ArrayLike, *, num_tasks: int | None = None) -> Aggregator:
+def constant(weights: PyTree, *, num_tasks: int | None = None) -> Aggregator:
     r"""A constant combination of the rows, :math:`w^\top J`.
 
     See `jaxjd.weightings.constant`.
 
     Args:
-      weights: One number per task, shape ``(m,)``.
+      weights: One number per task, shape ``(m,)`` or laid out as the losses.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -156,7 +156,7 @@ def constant(weights: jax.typing.ArrayLike, *, num_tasks: int | None = None) -> 
 
 
 def dualproj(
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     projector: DualConeProjector | None = None,
     *,
     num_tasks: int | None = None,
@@ -166,7 +166,8 @@ def dualproj(
     See `jaxjd.weightings.dualproj` (Lopez-Paz and Ranzato, NeurIPS 2017).
 
     Args:
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       projector: How to project, exact by default (`jaxjd.linalg`).
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
@@ -491,7 +492,7 @@ def nash_mtl(
 
 
 def pcd(
-    tau: float | jax.typing.ArrayLike = 0.02,
+    tau: PyTree = 0.02,
     beta: float = 0.999,
     eps: float = 1e-8,
     *,
@@ -582,7 +583,7 @@ def sdmgrad(
     momentum: float = 0.5,
     n_iter: int = 20,
     lambda_: float = 0.3,
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     *,
     num_tasks: int | None = None,
 ) -> Aggregator:
@@ -597,7 +598,8 @@ def sdmgrad(
       momentum: The momentum of the inner steps, in [0, 1).
       n_iter: The number of inner steps, positive and static.
       lambda_: The pull towards the preferred direction, non-negative.
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
 
     Returns:
@@ -679,7 +681,7 @@ def sum(*, num_tasks: int | None = None) -> Aggregator:  # noqa: A001
 
 
 def upgrad(
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     projector: DualConeProjector | None = None,
     *,
     num_tasks: int | None = None,
@@ -689,7 +691,8 @@ def upgrad(
     See `jaxjd.weightings.upgrad` (Quinton and Rey, 2024).
 
     Args:
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       projector: How to project, exact by default (`jaxjd.linalg`).
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
