@@ -428,17 +428,26 @@ def mgda(
     return weighted(weightings.mgda(normalization), num_tasks=num_tasks)
 
 
-def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) -> Aggregator:
+def modo(
+    gamma: float = 0.1,
+    rho: float = 0.1,
+    *,
+    num_tasks: int | None = None,
+    combine_pair: bool = False,
+) -> Aggregator:
     r"""MoDo: one projected gradient step on the weights per call, from two independent batches.
 
-    `update` needs ``cross_jacobians=(J1, J2)``, the Jacobians of two independent batches; the rows
-    combined are those of the first argument, for example the mean of the two.
+    `update` needs ``cross_jacobians=(J1, J2)``, the Jacobians of two independent batches. The
+    paper applies the weights to both of them: that is ``combine_pair=True``. Without it the rows
+    combined are those of the first argument, for example of a third batch.
     See `jaxjd.weightings.modo` (Chen et al., NeurIPS 2023).
 
     Args:
       gamma: The step size of the weights, positive.
       rho: The regularization of the weights, non-negative.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
+      combine_pair: Whether to combine the means of the rows of `J1` and `J2`, as
+        `jaxjd.weighted` does it, in the place of the rows of the first argument.
 
     Returns:
       An `Aggregator` with state `AggregatorState`.
@@ -449,7 +458,7 @@ def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) 
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
-      >>> aggregator = jaxjd.modo(gamma=0.001, num_tasks=2)
+      >>> aggregator = jaxjd.modo(gamma=0.001, num_tasks=2, combine_pair=True)
       >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
       >>> state = aggregator.init(jnp.zeros(3))
       >>> pair = (jacobian, jacobian)  # In training: of two independent batches.
@@ -457,7 +466,7 @@ def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) 
       >>> print(jnp.round(update, 4))
       [0.95 1.   1.  ]
     """
-    return weighted(weightings.modo(gamma, rho), num_tasks=num_tasks)
+    return weighted(weightings.modo(gamma, rho), num_tasks=num_tasks, combine_pair=combine_pair)
 
 
 def nash_mtl(
@@ -586,6 +595,7 @@ def sdmgrad(
     pref_vector: PyTree | None = None,
     *,
     num_tasks: int | None = None,
+    combine_pair: bool = False,
 ) -> Aggregator:
     r"""SDMGrad: the minimum-norm direction, pulled towards a preferred one.
 
@@ -601,6 +611,8 @@ def sdmgrad(
       pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
         default.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
+      combine_pair: Whether to combine the means of the rows of `J1` and `J2`, which saves the third
+        batch but is biased; as for `jaxjd.weighted`.
 
     Returns:
       An `Aggregator` with state `AggregatorState`.
@@ -620,7 +632,9 @@ def sdmgrad(
       [4.8462 1.     1.    ]
     """
     return weighted(
-        weightings.sdmgrad(lr, momentum, n_iter, lambda_, pref_vector), num_tasks=num_tasks
+        weightings.sdmgrad(lr, momentum, n_iter, lambda_, pref_vector),
+        num_tasks=num_tasks,
+        combine_pair=combine_pair,
     )
 
 
