@@ -14,7 +14,7 @@ BATCHES = jax.random.normal(jax.random.key(0), (3, 4, 16))
 
 
 def losses_fn(params, inputs):
-    hidden = jnp.tanh(inputs @ params["kernel"] + params["bias"])
+    hidden = jnp.tanh(inputs @ params["kernel"] + params["bias"][None])
     return jnp.stack([jnp.mean((hidden - level) ** 2) for level in (0.5, -0.5, 0.1)])
 
 
