@@ -905,6 +905,12 @@ STATS = [
         )
     ),
     case(
+        "combine_pair without a pair",
+        lambda: jaxjd.weighted(weightings.mean(), combine_pair=True),
+        "`combine_pair` is for a CrossGramianWeighting",
+        "got Weighting",
+    ),
+    case(
         "cross_jacobians: of different structures",
         lambda: update(jaxjd.modo(num_tasks=3), cross_jacobians=(JACOBIAN, {"c": JACOBIAN["c"]})),
         "same structure",

@@ -16,7 +16,7 @@ from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 
 
-def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
+def conflict_free(pref_vector: PyTree | None = None) -> Weighting:
     r"""ConFIG: the direction with given cosines to all gradients, as long as their projections.
 
     With the unit rows :math:`U = D^{-1} J`, where :math:`D` holds the lengths of the gradients:
@@ -31,7 +31,8 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
     `jaxjd.momentum_conflict_free`.
 
     Args:
-      pref_vector: The wanted cosines :math:`p` up to a factor, shape ``(m,)``; ones by default.
+      pref_vector: The wanted cosines :math:`p` up to a factor, shape ``(m,)`` or laid out as the
+        losses; ones by default.
 
     Returns:
       A `Weighting`. Where no direction is defined (all rows are zero, or :math:`p` is orthogonal to

@@ -60,13 +60,13 @@ def sum() -> Weighting:  # noqa: A001
     return Weighting(stateless, update)
 
 
-def constant(weights: jax.typing.ArrayLike) -> Weighting:
+def constant(weights: PyTree) -> Weighting:
     r"""Weights the tasks by given numbers: :math:`w` is `weights`.
 
     Stateless.
 
     Args:
-      weights: One number per task, shape ``(m,)``.
+      weights: One number per task, shape ``(m,)`` or laid out as the losses.
 
     Returns:
       A `Weighting`.

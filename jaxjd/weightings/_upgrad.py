@@ -19,7 +19,7 @@ from jaxjd.weightings._preference import check_preference, preference
 
 
 def upgrad(
-    pref_vector: jax.typing.ArrayLike | None = None, projector: DualConeProjector | None = None
+    pref_vector: PyTree | None = None, projector: DualConeProjector | None = None
 ) -> Weighting:
     r"""UPGrad: projects every task's gradient onto the dual cone, then sums.
 
@@ -32,8 +32,8 @@ def upgrad(
     TorchJD regularizes; `jaxjd.linalg.regularized_projector` gives TorchJD's numbers.
 
     Args:
-      pref_vector: The weights :math:`p` of the projected gradients, shape ``(m,)``; ``1 / m`` each
-        by default.
+      pref_vector: The weights :math:`p` of the projected gradients, shape ``(m,)`` or laid out as
+        the losses; ``1 / m`` each by default.
       projector: How to project, `jaxjd.linalg.exact_projector` by default.
 
     Returns:
@@ -64,7 +64,7 @@ def upgrad(
 
 
 def dualproj(
-    pref_vector: jax.typing.ArrayLike | None = None, projector: DualConeProjector | None = None
+    pref_vector: PyTree | None = None, projector: DualConeProjector | None = None
 ) -> Weighting:
     r"""DualProj: projects the weighted sum of the gradients onto the dual cone.
 
@@ -76,7 +76,8 @@ def dualproj(
     https://arxiv.org/abs/1706.08840). Stateless and exact.
 
     Args:
-      pref_vector: The weights :math:`p`, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The weights :math:`p`, shape ``(m,)`` or laid out as the losses; ``1 / m`` each
+        by default.
       projector: How to project, `jaxjd.linalg.exact_projector` by default.
 
     Returns:
