@@ -291,7 +291,8 @@ def gradvac(
     Args:
       beta: The rate of the moving average of the cosines, in [0, 1].
       eps: Added to a denominator, for unit rows, non-negative.
-      key: A typed PRNG key or a seed; the same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
 
     Returns:
@@ -541,7 +542,8 @@ def pcgrad(key: jax.Array | int = 0, *, num_tasks: int | None = None) -> Aggrega
     See `jaxjd.weightings.pcgrad` (Yu et al., NeurIPS 2020).
 
     Args:
-      key: A typed PRNG key or a seed; the same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -567,7 +569,8 @@ def random(key: jax.Array | int = 0, *, num_tasks: int | None = None) -> Aggrega
     See `jaxjd.weightings.random` (Lin et al., TMLR 2022).
 
     Args:
-      key: A typed PRNG key or a seed; the same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:

@@ -64,7 +64,8 @@ def graddrop(
       leak: How much of each task's gradient is always kept, :math:`\ell`, in [0, 1], shape
         ``(m,)`` or laid out as the losses; zeros by default.
       f: An increasing function from [0, 1] to [0, 1], applied to arrays; the identity by default.
-      key: A typed PRNG key or a seed. The same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``, for a check of the Jacobian.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import PyTree, Weighting, stateless_with
 from jaxjd.checks import check_square
 from jaxjd.linalg.precision import matmul
 from jaxjd.weightings._preference import check_preference, preference
@@ -64,7 +64,7 @@ def aligned_mtl(
         normalized = stat / jnp.where(zero, 1, scale)
         return jnp.where(zero, p, _align(normalized, p, scale_mode)), state
 
-    return Weighting(stateless, update)
+    return Weighting(stateless_with(pref_vector=pref_vector), update)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

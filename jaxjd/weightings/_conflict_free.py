@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import Certified, PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless_with
 from jaxjd.checks import check_length, check_square
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.pseudo_inverse import reaches, solve
@@ -70,7 +70,7 @@ def conflict_free(pref_vector: PyTree | None = None) -> Weighting:
         )
         return weights, state, certificate
 
-    return Weighting(stateless, Certified(update))
+    return Weighting(stateless_with(pref_vector=pref_vector), Certified(update))
 
 
 def _residual(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import Certified, PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless_with
 from jaxjd.checks import check_square, type_name
 from jaxjd.linalg.dual_cone import (
     DualConeProjector,
@@ -60,7 +60,7 @@ def upgrad(
         certificate = projection_certificate(project, projected, rows, stat)
         return jnp.sum(projected, axis=0), state, certificate
 
-    return Weighting(stateless, Certified(update))
+    return Weighting(stateless_with(pref_vector=pref_vector), Certified(update))
 
 
 def dualproj(
@@ -103,7 +103,7 @@ def dualproj(
         projected = _project(project, row, stat)
         return projected, state, projection_certificate(project, projected, row, stat)
 
-    return Weighting(stateless, Certified(update))
+    return Weighting(stateless_with(pref_vector=pref_vector), Certified(update))
 
 
 def _projector(projector: DualConeProjector | None) -> DualConeProjector:
