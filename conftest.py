@@ -84,6 +84,18 @@ def own_metadata():
     jax.config.update(name, before)
 
 
+# Pages whose examples take longest to compile.
+SLOW_PAGES = {"diagnostics.md", "distributed.md", "engines.md", "frameworks.md", "pareto-fronts.md"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A page has no place for a mark; it gets it before `-m` chooses."""
+    for item in items:
+        if item.path.parent.name == "docs" and item.path.name in SLOW_PAGES:
+            item.add_marker("slow")
+
+
 _finished = itertools.count(1)
 
 

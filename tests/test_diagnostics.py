@@ -197,6 +197,7 @@ def test_functions_in_float64():
         assert {leaf.dtype for leaf in found.values()} == {jnp.dtype("float64")}
 
 
+@pytest.mark.slow
 def test_dual_cone_methods_conflict_with_no_task():
     @jax.jit
     @jax.vmap
@@ -624,6 +625,7 @@ def test_monitored_in_partition_and_around_it():
     check_fields(state, SMALL_JACOBIAN, direction)
 
 
+@pytest.mark.slow
 def test_monitored_over_a_population():
     tx = D.monitored(jaxjd.mean(num_tasks=2), 2)
     batch = jnp.stack([jnp.asarray(J_BASE, "float32"), jnp.eye(2, 3), jnp.zeros((2, 3))])

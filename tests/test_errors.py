@@ -19,7 +19,7 @@ import jaxjd
 from jaxjd import labels, linalg, scalarizers, weightings
 from jaxjd.integrations import nnx as nnx_engines
 from jaxjd.integrations.flax import JDTrainState
-from tests.registry import NAMED, UNWEIGHTED, by_name
+from tests.registry import NAMED, UNWEIGHTED, by_name, slow_but
 
 PARAMS = {"a": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "c": jnp.zeros(3)}
 JACOBIAN = jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape)), PARAMS)
@@ -2006,9 +2006,11 @@ FINITE = jax.tree.map(
 READS_NO_GRADIENT = {"constant", "mean", "random", "sum", "excess_mtl", "graddrop"}
 PROPAGATES = [method for method in NAMED + UNWEIGHTED if method.name != "trimmed_mean"]
 """A trimmed mean drops what is not finite: see its values."""
+# Long to compile; UPGrad and Nash-MTL are not among them.
+SOLVERS = {"aligned_mtl", "cagrad", "conflict_free", "dualproj", "fairgrad", "mgda", "pcd"}
 
 
-@pytest.mark.parametrize("method", PROPAGATES, ids=by_name)
+@pytest.mark.parametrize("method", slow_but(set(map(by_name, PROPAGATES)) - SOLVERS, PROPAGATES))
 def test_what_is_not_finite_propagates(method):
     aggregator = method.aggregator(3)
 
