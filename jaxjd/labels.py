@@ -217,9 +217,13 @@ def _join(names: tuple[str, ...]) -> str:
     return "/".join(f"'{name}'" if "/" in name else name for name in names) or _ROOT
 
 
+def _is_collection(paths: list[tuple[str, ...]]) -> bool:
+    return bool(paths) and all(len(p) > 1 and p[0] == "params" for p in paths)
+
+
 def _label(params: PyTree, label: Callable[[tuple[str, ...]], str]) -> PyTree:
     paths = leaf_names(params)
-    collection = bool(paths) and all(len(p) > 1 and p[0] == "params" for p in paths)
+    collection = _is_collection(paths)
     labels = [label(names[1:] if collection else names) for names in paths]
     return jax.tree.unflatten(jax.tree.structure(params), labels)
 
@@ -250,13 +254,14 @@ def _depth(params: PyTree) -> int:
     ]
     depth = max((branch + 1 for branch in branches if branch is not None), default=0)
     # A collection that holds everything is taken off for all labels.
-    return depth - 1 if depth and all(p[0] == "params" for p in (*paths, *holes)) else depth
+    return depth - 1 if depth and _is_collection(paths) else depth
 
 
 def _warn_of_one_group(params: PyTree, labels: PyTree) -> None:
     """Says that networks were asked for and one was found, with several parts in it."""
-    depth = _depth(params)
-    paths = [names[depth:] for names in leaf_names(params)]
+    paths = leaf_names(params)
+    depth = _depth(params) + _is_collection(paths)
+    paths = [names[depth:] for names in paths]
     parts = {names[:2] for names in paths if len(names) > 2}
     found = set(jax.tree.leaves(labels))
     if len(found) == 1 and len(parts) > 1:

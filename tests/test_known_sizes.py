@@ -12,7 +12,7 @@ THREE = [1.0, 2.0, 3.0]
 WITH_NUMBERS = [
     *(
         (getattr(weightings, name), {"pref_vector": THREE})
-        for name in ("upgrad", "dualproj", "aligned_mtl", "conflict_free")
+        for name in ("upgrad", "dualproj", "aligned_mtl", "conflict_free", "sdmgrad")
     ),
     (weightings.constant, {"weights": THREE}),
     (scalarizers.constant, {"weights": THREE}),

@@ -33,10 +33,11 @@ def groups(tree):
         lambda tree: {"trunk": tree, "heads": hide(HEADS)},
         lambda tree: {"params": {"trunk": tree, "heads": hide(HEADS)}},
         lambda tree: {"model": {"parts": {"trunk": tree, "neck": hide(TRUNK)}}, "x": hide(HEADS)},
+        lambda tree: {"params": tree, "batch_stats": hide(HEADS)},
         lambda tree: [hide(HEADS), tree],
         lambda tree: nnx.State({"trunk": tree, "heads": hide({"w": jnp.ones(2)})}),
     ],
-    ids=["dict", "collection", "deeper", "list", "nnx"],
+    ids=["dict", "collection", "whole collection", "deeper", "list", "nnx"],
 )
 def test_a_subtree_has_the_groups_that_it_has_alone(strategy, wrap):
     assert groups(strategy(wrap(TRUNK))) == groups(strategy(TRUNK))
@@ -66,6 +67,8 @@ def test_groups_inside_of_partitions():
 def test_one_network_with_parts_is_said_to_be_one():
     with pytest.warns(UserWarning, match="one group, 'model'.*model/first.*together"):
         labels.by_network({"model": TRUNK})
+    with pytest.warns(UserWarning, match="one group, 'model'"):
+        labels.by_network({"params": {"model": TRUNK}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         labels.by_network({"layer": {"w": jnp.ones(2), "b": jnp.ones(2)}})

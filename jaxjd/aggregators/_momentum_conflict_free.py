@@ -137,6 +137,7 @@ def momentum_conflict_free(
     weighting = conflict_free(pref_vector)
 
     def init(params: PyTree) -> MomentumConflictFreeState:
+        weighting.init(m)  # Compares sizes.
         params = jax.tree.map_with_path(as_shaped, params)
         zeros = jax.tree.map(_zeros, params)
         return MomentumConflictFreeState(

@@ -12,6 +12,7 @@ from jax import lax
 from jaxjd.base import (
     CrossGramianWeighting,
     PyTree,
+    check_sizes,
     require_num_tasks,
     weight_dtype,
 )
@@ -96,6 +97,7 @@ def sdmgrad(
 
     def init(num_tasks: int, params: PyTree | None = None) -> SDMGradState:
         m = require_num_tasks(num_tasks, "sdmgrad")
+        check_sizes(m, pref_vector=pref_vector)
         return SDMGradState(weights=jnp.full((m,), 1 / m, weight_dtype(params)))
 
     def update(
