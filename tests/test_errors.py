@@ -1460,6 +1460,25 @@ LINKS = [
         "the parameters have 3",
     ),
     case(
+        "names of extra arguments as one string",
+        lambda: jaxjd.partition({"a": jaxjd.sum()}, labels.together, cut_args="noise"),
+        "`cut_args` must be a sequence of names",
+        "'noise'",
+    ),
+    case(
+        "an extra argument that is cut, of another structure",
+        lambda: update(
+            jaxjd.partition({"all": jaxjd.sum()}, labels.together, cut_args=("noise",)),
+            noise={"a": jnp.ones(3)},
+        ),
+        "`noise` must have the structure of the Jacobian",
+    ),
+    case(
+        "names of dropped arguments as one string",
+        lambda: jaxjd.drop_extra_args(optax.lbfgs(), "losses"),
+        "`names` must be a sequence of strings",
+    ),
+    case(
         "no microbatches",
         lambda: jaxjd.multi_steps(jaxjd.sum(), 0, 2),
         "`k` must be >= 1",
@@ -2007,10 +2026,12 @@ READS_NO_GRADIENT = {"constant", "mean", "random", "sum", "excess_mtl", "graddro
 PROPAGATES = [method for method in NAMED + UNWEIGHTED if method.name != "trimmed_mean"]
 """A trimmed mean drops what is not finite: see its values."""
 # Long to compile; UPGrad and Nash-MTL are not among them.
-SOLVERS = {"aligned_mtl", "cagrad", "conflict_free", "dualproj", "fairgrad", "mgda", "pcd"}
+WITH_SOLVERS = {"aligned_mtl", "cagrad", "conflict_free", "dualproj", "fairgrad", "mgda", "pcd"}
 
 
-@pytest.mark.parametrize("method", slow_but(set(map(by_name, PROPAGATES)) - SOLVERS, PROPAGATES))
+@pytest.mark.parametrize(
+    "method", slow_but(set(map(by_name, PROPAGATES)) - WITH_SOLVERS, PROPAGATES)
+)
 def test_what_is_not_finite_propagates(method):
     aggregator = method.aggregator(3)
 
