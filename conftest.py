@@ -17,9 +17,6 @@ if "xla_backend_optimization_level" not in _flags:
     # Compiling is most of the suite's time, and this halves it. For the code that users run, set
     # XLA_FLAGS=--xla_backend_optimization_level=3.
     _flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        # Less to compile; later versions end the process at a flag that they do not know.
-        _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = _flags
 
 CACHE = pathlib.Path(__file__).parent / ".jax_cache"
@@ -82,6 +79,18 @@ def own_metadata():
     jax.config.update(name, True)
     yield
     jax.config.update(name, before)
+
+
+# Pages whose examples take longest to compile.
+SLOW_PAGES = {"diagnostics.md", "distributed.md", "engines.md", "frameworks.md", "pareto-fronts.md"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A page has no place for a mark; it gets it before `-m` chooses."""
+    for item in items:
+        if item.path.parent.name == "docs" and item.path.name in SLOW_PAGES:
+            item.add_marker("slow")
 
 
 _finished = itertools.count(1)

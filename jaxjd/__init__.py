@@ -65,6 +65,7 @@ from jaxjd.transforms import EnsureAggregatedState as EnsureAggregatedState
 from jaxjd.transforms import MultiStepsState as MultiStepsState
 from jaxjd.transforms import PerTaskState as PerTaskState
 from jaxjd.transforms import SkipIfNotFiniteState as SkipIfNotFiniteState
+from jaxjd.transforms import drop_extra_args as drop_extra_args
 from jaxjd.transforms import ensure_aggregated as ensure_aggregated
 from jaxjd.transforms import freeze as freeze
 from jaxjd.transforms import multi_steps as multi_steps
@@ -101,6 +102,7 @@ __all__ = [
     "db_mtl",
     "diagnostics",
     "dualproj",
+    "drop_extra_args",
     "ensure_aggregated",
     "excess_mtl",
     "freeze",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxjd.checks import check_static_int, type_name
+from jaxjd.checks import check_length, check_static_int, type_name
 
 # optax's experimental protocol for transformations of stacked gradients, where optax has it.
 _AggregatorBase: Any = getattr(
@@ -255,6 +255,32 @@ def stateless(num_tasks: Any = None, params: PyTree | None = None) -> tuple[()]:
         _check_num_tasks(num_tasks)
     del params
     return ()
+
+
+def stateless_with(**vectors: Any) -> Callable[..., tuple[()]]:
+    """`stateless` for methods with arguments that hold one number per task, or None.
+
+    Their sizes are checked as soon as the number of tasks is known.
+    """
+
+    def init(num_tasks: Any = None, params: PyTree | None = None) -> tuple[()]:
+        state = stateless(num_tasks, params)
+        if num_tasks is not None and not isinstance(num_tasks, tuple):
+            check_sizes(num_tasks, **vectors)
+        return state
+
+    return init
+
+
+def check_sizes(num_tasks: int, **vectors: Any) -> None:
+    """Checks arguments that hold one number per task; None is one without.
+
+    Raises:
+      ValueError: If one has another size.
+    """
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_length(name, vector.size, num_tasks)
 
 
 def require_num_tasks(num_tasks: Any, name: str) -> int:

@@ -152,11 +152,20 @@ def check_static_int(name: str, value: Any, *, at_least: int) -> int:
 def as_vector(name: str, value: Any) -> jax.Array:
     """Returns a hyper-parameter with one real number per task as a one-dimensional array.
 
+    Args:
+      name: The parameter's name, for the message.
+      value: A vector, or a pytree of numbers and arrays laid out as the losses, which is read in
+        the order of the tree.
+
     Raises:
       ValueError: If it is anything else.
     """
+    leaves = jax.tree.leaves(value, is_leaf=lambda node: node is None)
     try:
-        array = jnp.asarray(value)
+        arrays = [jnp.asarray(leaf) for leaf in leaves]
+        if not jax.tree_util.all_leaves([value]) and arrays:
+            arrays = [jnp.concatenate([jnp.ravel(array) for array in arrays])]
+        array = arrays[0] if arrays else jnp.zeros(0)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` must be a vector of numbers, got {value!r}.") from error
     if array.ndim == 1 and array.size and not is_real(array.dtype):
@@ -166,6 +175,19 @@ def as_vector(name: str, value: Any) -> jax.Array:
             f"`{name}` must be a vector with one entry per task, got shape {array.shape}."
         )
     return array
+
+
+def check_entries(name: str, value: Any, *, at_least: float, at_most: float) -> None:
+    """Checks the range of the numbers in a sequence or another structure, where they are known.
+
+    Raises:
+      ValueError: If one is outside the bounds.
+    """
+    if jax.tree_util.all_leaves([value]):
+        return
+    for place, entry in enumerate(jax.tree.leaves(value)):
+        if not getattr(entry, "shape", ()):
+            check_range(f"{name}[{place}]", entry, at_least=at_least, at_most=at_most)
 
 
 def check_square(name: str, value: Any) -> int:

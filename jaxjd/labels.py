@@ -9,16 +9,19 @@ four strategies of Gradient Vaccine (Wang et al., ICLR 2021): ``whole_model``, `
 Labels come from the leaves' key paths: dictionary keys, attribute names and indices, joined by
 ``/``. A name that holds a ``/`` itself is quoted, so that different paths never share a label. The
 ``value`` that wraps a parameter in flax's nnx is left out, and so is a ``params`` collection that
-holds everything.
+holds everything. Inside of `jaxjd.partition`, `by_network`, `by_layer` and `by_tensor` label the
+subtree of their group as if it stood alone; `by_rules` reads whole paths everywhere.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 
 from jaxjd.base import PyTree
 from jaxjd.checks import leaf_names, type_name
@@ -48,7 +51,8 @@ def together(params: PyTree) -> PyTree:
 def by_network(params: PyTree) -> PyTree:
     """Labels every parameter by the top-level network that it is in, the first name of its path.
 
-    Of haiku's module names, which hold a whole path, it is the part before the first ``/``.
+    Of haiku's module names, which hold a whole path, it is the part before the first ``/``. A
+    warning says so where that is one network with several parts.
 
     Args:
       params: Any pytree.
@@ -61,7 +65,9 @@ def by_network(params: PyTree) -> PyTree:
       >>> jaxjd.labels.by_network({"encoder": {"w": 0.0}, "decoder": {"w": 0.0}})
       {'decoder': {'w': 'decoder'}, 'encoder': {'w': 'encoder'}}
     """
-    return _label(params, lambda names: names[0].split("/")[0] if names else _ROOT)
+    labels = _label_own(params, lambda names: names[0].split("/")[0] if names else _ROOT)
+    _warn_of_one_group(params, labels)
+    return labels
 
 
 def by_layer(params: PyTree) -> PyTree:
@@ -78,7 +84,7 @@ def by_layer(params: PyTree) -> PyTree:
       >>> jaxjd.labels.by_layer({"encoder": [{"w": 0.0, "b": 0.0}, {"w": 0.0}]})
       {'encoder': [{'b': 'encoder/0', 'w': 'encoder/0'}, {'w': 'encoder/1'}]}
     """
-    return _label(params, lambda names: _join(names[:-1]))
+    return _label_own(params, lambda names: _join(names[:-1]))
 
 
 def by_tensor(params: PyTree) -> PyTree:
@@ -95,7 +101,7 @@ def by_tensor(params: PyTree) -> PyTree:
       >>> jaxjd.labels.by_tensor({"encoder": {"w": 0.0, "b": 0.0}})
       {'encoder': {'b': 'encoder/b', 'w': 'encoder/w'}}
     """
-    return _label(params, _join)
+    return _label_own(params, _join)
 
 
 def by_rules(
@@ -211,8 +217,58 @@ def _join(names: tuple[str, ...]) -> str:
     return "/".join(f"'{name}'" if "/" in name else name for name in names) or _ROOT
 
 
+def _is_collection(paths: list[tuple[str, ...]]) -> bool:
+    return bool(paths) and all(len(p) > 1 and p[0] == "params" for p in paths)
+
+
 def _label(params: PyTree, label: Callable[[tuple[str, ...]], str]) -> PyTree:
     paths = leaf_names(params)
-    collection = bool(paths) and all(len(p) > 1 and p[0] == "params" for p in paths)
+    collection = _is_collection(paths)
     labels = [label(names[1:] if collection else names) for names in paths]
     return jax.tree.unflatten(jax.tree.structure(params), labels)
+
+
+def _label_own(params: PyTree, label: Callable[[tuple[str, ...]], str]) -> PyTree:
+    """Labels what `jaxjd.partition` has left of the parameters as if it stood alone."""
+    depth = _depth(params)
+    return _label(params, lambda names: label(names[depth:] or names[-1:]))
+
+
+def _depth(params: PyTree) -> int:
+    """How many names lead to the subtree that is left where other groups' leaves are holes."""
+
+    def is_hole(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    paths = leaf_names(params)
+    filled = jax.tree.map(lambda node: 0 if is_hole(node) else node, params, is_leaf=is_hole)
+    holes = set(leaf_names(filled)) - set(paths)
+    if not paths or not holes:
+        return 0
+    common = [len(set(names)) == 1 for names in zip(*paths, strict=False)]
+    prefix = paths[0][: ([*common, False]).index(False)]
+    # Where a hole branches off above the end of the prefix, the next name is the subtree's.
+    branches = [
+        next((n for n, name in enumerate(prefix) if hole[n : n + 1] != (name,)), None)
+        for hole in holes
+    ]
+    depth = max((branch + 1 for branch in branches if branch is not None), default=0)
+    # A collection that holds everything is taken off for all labels.
+    return depth - 1 if depth and _is_collection(paths) else depth
+
+
+def _warn_of_one_group(params: PyTree, labels: PyTree) -> None:
+    """Says that networks were asked for and one was found, with several parts in it."""
+    paths = leaf_names(params)
+    depth = _depth(params) + _is_collection(paths)
+    paths = [names[depth:] for names in paths]
+    parts = {names[:2] for names in paths if len(names) > 2}
+    found = set(jax.tree.leaves(labels))
+    if len(found) == 1 and len(parts) > 1:
+        warnings.warn(
+            f"by_network puts all parameters into one group, {found.pop()!r}: they are in one "
+            f"network, with the parts {sorted('/'.join(part) for part in parts)}. Use "
+            "jaxjd.labels.by_layer or by_rules for these, or jaxjd.labels.together if one group "
+            "is meant.",
+            stacklevel=3,
+        )

@@ -32,23 +32,30 @@ from tests.registry import (
 
 ALL = AGGREGATORS + LINKS
 all_aggregators = pytest.mark.parametrize("method", ALL, ids=by_name)
-# By default a solver is compiled once, as the method of its name.
-AGAIN = {
+# Long to compile. Of the solvers by default those of UPGrad, MGDA, Nash-MTL and STCH.
+LONG = {
+    "aligned_mtl",
+    "cagrad",
     "cagrad(rescale)",
     "cr_mogm(excess_mtl)",
     "cr_mogm(upgrad)",
+    "dualproj",
+    "fairgrad",
+    "flattening(gradvac)",
     "flattening(upgrad)",
+    "grouped(gradvac)",
     "grouped(upgrad)",
     "mgda(loss+)",
     "nash_mtl(every 2)",
     "partition(upgrad, excess_mtl)",
+    "pcd",
     "stch(warmup)",
 }
 stepped = pytest.mark.parametrize(
-    "method", slow_but({method.name for method in ALL} - AGAIN, ALL), ids=by_name
+    "method", slow_but({method.name for method in ALL} - LONG, ALL), ids=by_name
 )
-# Quick to compile, with state, draws, cross-Jacobians and a state that is no weighting's.
-QUICK = {"gradvac", "mean", "modo", "multi_steps(excess_mtl)"}
+# Quick to compile: state, cross-Jacobians, and a state that is no weighting's.
+QUICK = {"mean", "modo", "multi_steps(excess_mtl)"}
 mostly_slow = pytest.mark.parametrize("method", slow_but(QUICK, ALL), ids=by_name)
 
 

@@ -135,6 +135,7 @@ def test_every_method_of_ours_that_torchjd_lacks_is_named(from_torchjd):
     assert {"graddrop", "trimmed_mean", "momentum_conflict_free"} <= named
 
 
+@pytest.mark.slow
 def test_our_column_of_the_differences_is_what_is_computed(from_torchjd):
     rows = rows_of(table_in(from_torchjd, "differences"))
     assert [(row[0], row[1], row[4]) for row in rows] == [

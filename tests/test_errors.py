@@ -19,7 +19,7 @@ import jaxjd
 from jaxjd import labels, linalg, scalarizers, weightings
 from jaxjd.integrations import nnx as nnx_engines
 from jaxjd.integrations.flax import JDTrainState
-from tests.registry import NAMED, UNWEIGHTED, by_name
+from tests.registry import NAMED, UNWEIGHTED, by_name, slow_but
 
 PARAMS = {"a": {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, "c": jnp.zeros(3)}
 JACOBIAN = jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape)), PARAMS)
@@ -905,6 +905,12 @@ STATS = [
         )
     ),
     case(
+        "combine_pair without a pair",
+        lambda: jaxjd.weighted(weightings.mean(), combine_pair=True),
+        "`combine_pair` is for a CrossGramianWeighting",
+        "got Weighting",
+    ),
+    case(
         "cross_jacobians: of different structures",
         lambda: update(jaxjd.modo(num_tasks=3), cross_jacobians=(JACOBIAN, {"c": JACOBIAN["c"]})),
         "same structure",
@@ -1454,6 +1460,25 @@ LINKS = [
         "the parameters have 3",
     ),
     case(
+        "names of extra arguments as one string",
+        lambda: jaxjd.partition({"a": jaxjd.sum()}, labels.together, cut_args="noise"),
+        "`cut_args` must be a sequence of names",
+        "'noise'",
+    ),
+    case(
+        "an extra argument that is cut, of another structure",
+        lambda: update(
+            jaxjd.partition({"all": jaxjd.sum()}, labels.together, cut_args=("noise",)),
+            noise={"a": jnp.ones(3)},
+        ),
+        "`noise` must have the structure of the Jacobian",
+    ),
+    case(
+        "names of dropped arguments as one string",
+        lambda: jaxjd.drop_extra_args(optax.lbfgs(), "losses"),
+        "`names` must be a sequence of strings",
+    ),
+    case(
         "no microbatches",
         lambda: jaxjd.multi_steps(jaxjd.sum(), 0, 2),
         "`k` must be >= 1",
@@ -2000,9 +2025,13 @@ FINITE = jax.tree.map(
 READS_NO_GRADIENT = {"constant", "mean", "random", "sum", "excess_mtl", "graddrop"}
 PROPAGATES = [method for method in NAMED + UNWEIGHTED if method.name != "trimmed_mean"]
 """A trimmed mean drops what is not finite: see its values."""
+# Long to compile; UPGrad and Nash-MTL are not among them.
+WITH_SOLVERS = {"aligned_mtl", "cagrad", "conflict_free", "dualproj", "fairgrad", "mgda", "pcd"}
 
 
-@pytest.mark.parametrize("method", PROPAGATES, ids=by_name)
+@pytest.mark.parametrize(
+    "method", slow_but(set(map(by_name, PROPAGATES)) - WITH_SOLVERS, PROPAGATES)
+)
 def test_what_is_not_finite_propagates(method):
     aggregator = method.aggregator(3)
 

@@ -19,7 +19,7 @@ import jaxjd
 from jaxjd.linalg.costs import dense_cost, factored_cost
 from jaxjd.linalg.factored import FactoredLeaf
 from tests import jaxprs
-from tests.registry import AGGREGATORS, M, by_name, losses_of
+from tests.registry import AGGREGATORS, M, by_name, losses_of, slow_but
 from tests.rounding import UNFUSED
 
 X = jax.random.normal(jax.random.key(0), (5, 6))
@@ -84,8 +84,8 @@ def test_cross_gramian_of_layers_that_use_a_parameter_differently():
     np.testing.assert_allclose(cross("factored"), cross("dense"), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
-def test_every_aggregator_takes_factored_leaves(method):
+def pass_both_forms(method, update):
+    """What `update` gives for the Jacobian in both forms."""
     aggregator = method.aggregator(M)
     state = aggregator.init(PARAMS)
     extra = {"losses": losses_of(DENSE)} if method.losses else {}
@@ -94,7 +94,31 @@ def test_every_aggregator_takes_factored_leaves(method):
     for name, jacobian in {"dense": DENSE, "factored": FACTORED}.items():
         if method.stat == "cross":
             extra["cross_jacobians"] = pair[name]
-        results[name] = aggregator.update(jacobian, state, PARAMS, **extra)[0]
+        results[name] = update(aggregator, jacobian, state, extra)
+    return results
+
+
+@pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
+def test_every_aggregator_takes_factored_leaves(method):
+    """Nothing is compiled."""
+
+    def types(aggregator, jacobian, state, extra):
+        run = lambda: aggregator.update(jacobian, state, PARAMS, **extra)[0]
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), jax.eval_shape(run))
+
+    results = pass_both_forms(method, types)
+    assert results["factored"] == results["dense"]
+    assert results["dense"] == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), PARAMS)
+
+
+# What reads a Gramian, a Jacobian, losses, two batches and groups.
+QUICK = {"excess_mtl", "gradnorm", "graddrop", "grouped(modo)", "mean", "modo", "trimmed_mean"}
+
+
+@pytest.mark.parametrize("method", slow_but(QUICK, AGGREGATORS), ids=by_name)
+def test_every_aggregator_gives_the_same_for_factored_leaves(method):
+    update = lambda aggregator, J, state, extra: aggregator.update(J, state, PARAMS, **extra)[0]
+    results = pass_both_forms(method, update)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(results["dense"]))
     chex.assert_trees_all_close(
         results["factored"], results["dense"], rtol=0, atol=UNFUSED * 2e-5 * max(largest, 1e-30)

@@ -203,7 +203,9 @@ def test_mgda_is_the_smallest_point_of_the_hull(m):
     np.testing.assert_allclose(batch.weights.sum(axis=1), 1, rtol=1e-5)
     square = np.sum(batch.update**2, axis=1)
     short = square[:, None] - batch.improvements * batch.lengths
-    assert (short <= ULPS * batch.eps * batch.terms[:, None] * batch.lengths).all()
+    # Next to singular matrices the solver keeps its ridges, twice 8 ulps, and stops 16 ulps of
+    # the point and of the shortest row's bound from the optimum.
+    assert (short <= 2 * ULPS * batch.eps * batch.terms[:, None] * batch.lengths).all()
 
 
 @each_m(3)
@@ -218,7 +220,9 @@ def test_pcd(m):
     primary = batch.lengths[:, 0]
     norm = np.linalg.norm(batch.update, axis=1)
     rounding = ULPS * batch.eps * batch.terms
-    assert ((np.abs(norm - primary) <= rounding) | (norm <= rounding)).all()
+    # A Gramian tells squared lengths.
+    missed = np.minimum(np.abs(norm**2 - primary**2), norm**2)
+    assert (missed <= rounding * batch.terms).all()
     # The first weight tells how long the direction was before it took the primary row's length.
     solution = ~kept & (batch.weights[:, 0] > 0) & (primary > 0)
     assert np.any(solution)
@@ -257,8 +261,8 @@ def test_fairness(alpha, m):
 def test_equal_improvements(method, m):
     batch = solved(PLAIN[method], m)
     smallest = np.linalg.eigvalsh(batch.units @ batch.units.transpose(0, 2, 1))[:, 0]
-    regular = smallest > np.sqrt(batch.eps)
-    assert np.sum(regular) > 5
+    regular = smallest > 256 * batch.eps
+    assert regular.any()
     spread = np.ptp(batch.improvements, axis=1)[regular]
     allowed = ULPS * batch.eps / smallest[regular] * batch.terms[regular]
     assert (spread <= allowed).all()

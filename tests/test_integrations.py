@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 import jaxjd
 from jaxjd import labels, weightings
 from jaxjd.integrations.flax import JDTrainState
+from tests.registry import slow_but
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 TARGETS = jax.random.normal(jax.random.key(1), (8, 2))
@@ -55,7 +56,7 @@ AGGREGATORS = {
 }
 
 
-@pytest.mark.parametrize("name", ["upgrad", "gradvac"])
+@pytest.mark.parametrize("name", slow_but({"gradvac"}, ["upgrad", "gradvac"]))
 def test_train_state_applies_a_jacobian_as_gradients(name):
     model = Linen()
     params = model.init(jax.random.key(2), X)
@@ -82,7 +83,12 @@ def test_train_state_applies_a_jacobian_as_gradients(name):
 
 @pytest.mark.parametrize(
     ("name", "jitted"),
-    [("upgrad", True), ("gradvac", True), ("grouped", True), ("gradvac", False)],
+    [
+        ("gradvac", True),
+        pytest.param("upgrad", True, marks=pytest.mark.slow),
+        pytest.param("grouped", True, marks=pytest.mark.slow),
+        pytest.param("gradvac", False, marks=pytest.mark.slow),
+    ],
 )
 def test_nnx_optimizer_takes_a_jacobian(name, jitted):
     model = Nnx()
@@ -269,7 +275,7 @@ def test_dropout_of_nnx_moves_on_through_has_aux():
 # equinox and haiku
 
 
-@pytest.mark.parametrize("name", ["upgrad", "gradvac"])
+@pytest.mark.parametrize("name", slow_but({"gradvac"}, ["upgrad", "gradvac"]))
 def test_equinox_training_loop(name):
     model = eqx.nn.MLP(3, 2, 4, depth=1, key=jax.random.key(0))
     tx = optax.chain(AGGREGATORS[name](), optax.adam(1e-2))

@@ -12,6 +12,8 @@ import jaxjd
 
 AGGREGATORS = {
     "constant": jaxjd.constant([0.2, 0.3, 0.5], num_tasks=3),
+    "multi_steps": jaxjd.multi_steps(jaxjd.mean(num_tasks=3), 1, 3),
+    "multi_steps(waits)": jaxjd.multi_steps(jaxjd.mean(num_tasks=3), 2, 3),
     "trimmed_mean": jaxjd.trimmed_mean(trim_number=1, num_tasks=3),
 }
 

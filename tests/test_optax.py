@@ -86,6 +86,7 @@ def test_the_weights_of_every_group_are_found_in_a_state():
         assert weights.tolist() == constants[group]
 
 
+@pytest.mark.slow
 def test_inject_hyperparams_makes_the_radius_of_cagrad_a_schedule():
     schedule = optax.linear_schedule(0.0, 0.8, 4)
     injected = optax.inject_hyperparams(jaxjd.cagrad, static_args=("num_tasks",))
@@ -216,6 +217,7 @@ def test_wrappers_of_optax_around_a_chain(name):
     chex.assert_trees_all_close(run(ours, JACOBIAN), run(plain, COMBINED), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_partition_of_optax_equals_ours():
     parts = {"w": jaxjd.upgrad(num_tasks=2), "b": jaxjd.constant([0.25, 0.5], num_tasks=2)}
     labels = {"w": "w", "b": "b"}

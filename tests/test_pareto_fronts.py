@@ -15,6 +15,7 @@ import jaxjd
 from tests.benchmarks import pareto_fronts as bench
 from tests.benchmarks.pareto_fronts import MEMBERS, PROBLEMS, preferences, share
 from tests.jaxprs import equations
+from tests.registry import slow_but
 
 
 def stch_of(problem):
@@ -51,7 +52,7 @@ def population(name):
     return np.asarray(train(preferences(), starts(MEMBERS)))
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", slow_but({"VLMOP2", "ZDT2"}, list(PROBLEMS)))
 def test_one_program_covers_the_front(name):
     """From one start, but for ZDT3, whose front has five pieces with maxima between them."""
     problem, losses = PROBLEMS[name], population(name)
@@ -84,6 +85,7 @@ def test_linear_weights_collapse_to_the_ends_of_a_concave_front():
     assert np.linalg.norm(population("ZDT2")[:, None] - ends[None], axis=2).min(axis=1).max() > 0.5
 
 
+@pytest.mark.slow
 def test_preferences_of_upgrad_move_members_along_a_front():
     problem = PROBLEMS["VLMOP2"]
     train = bench.train_aggregated(problem.losses, jaxjd.upgrad, 500)

@@ -59,7 +59,9 @@ def test_the_mean_stays_away_from_the_front_at_one_start():
     assert row["reached"] == [True, True, False, True, True]
 
 
-@pytest.mark.parametrize(("method", "stops"), [("mgda", 4), ("upgrad", 0)])
+@pytest.mark.parametrize(
+    ("method", "stops"), [("mgda", 4), pytest.param("upgrad", 0, marks=pytest.mark.slow)]
+)
 def test_some_stop_at_stationary_points_that_are_not_optimal(method, stops):
     problem = trajectories.PROBLEMS["element-wise quadratic"]
     paths = trajectories.descend(method, problem)

@@ -330,6 +330,12 @@ SHARDED_WEIGHTS = jnp.array([1.0, -2.0, 0.5, 0.25])
 mesh_kinds = pytest.mark.parametrize(
     "kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
 )
+# The same programs to compile, but for the types that only the explicit ones check.
+mostly_explicit = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+    ids=["auto", "explicit"],
+)
 
 
 def mesh_of(kind):
@@ -366,7 +372,7 @@ def test_algebra_equals_the_unsharded_one(kind, layout, task_axis):
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
 
 
-@mesh_kinds
+@mostly_explicit
 @pytest.mark.parametrize("layout", slow_but({"both"}, ["columns", "both"]))
 def test_an_update_keeps_the_sharding_of_its_parameter(kind, layout):
     mesh, specs = mesh_of(kind), LAYOUTS[layout]
@@ -398,7 +404,7 @@ ENTRYWISE = {
 """What reads or keeps every entry of a Jacobian, not only the Gramian."""
 
 
-@mesh_kinds
+@mostly_explicit
 @pytest.mark.parametrize("name", slow_but({"graddrop", "moco"}, list(ENTRYWISE)))
 def test_methods_on_entries_equal_the_unsharded_ones(name, kind):
     mesh, specs = mesh_of(kind), LAYOUTS["both"]
@@ -423,7 +429,7 @@ def test_methods_on_entries_equal_the_unsharded_ones(name, kind):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[key]), leaf.ndim)
 
 
-@mesh_kinds
+@mostly_explicit
 def test_a_training_step_from_the_losses_on(kind):
     mesh, specs = mesh_of(kind), LAYOUTS["columns"]
     aggregator = optax.chain(

@@ -250,10 +250,21 @@ def test_shard_map(layout, checked):
     check(run_in_shard_map(layout, ["aligned_mtl"], checked, form))
 
 
-@pytest.mark.parametrize("checked", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_methods_on_a_mesh_of_data_and_model(checked):
-    entrywise = ["excess_mtl", "moco", "db_mtl", "momentum_conflict_free", "trimmed_mean"]
-    check(run_in_shard_map("both", list(METHODS) if checked else entrywise, checked))
+@pytest.mark.parametrize(
+    ("names", "checked"),
+    [
+        (("moco", "trimmed_mean"), False),
+        pytest.param(tuple(METHODS), True, marks=pytest.mark.slow),
+        pytest.param(
+            ("excess_mtl", "moco", "db_mtl", "momentum_conflict_free", "trimmed_mean"),
+            False,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["two", "all", "entrywise"],
+)
+def test_methods_on_a_mesh_of_data_and_model(names, checked):
+    check(run_in_shard_map("both", list(names), checked))
 
 
 BATCH = (X[0], Y[0])
@@ -273,6 +284,7 @@ def in_every_setting(fn):
         yield jax.tree.map(lambda leaf: leaf[3], found)
 
 
+@pytest.mark.slow
 def test_the_recipe_is_one_line_in_every_setting():
     def averaged(params, x, y):
         return lax.pmean(losses_fn(params, x, y), "data")
@@ -327,6 +339,7 @@ def test_factors_of_views():
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tasks_with_heads_and_auxiliary_output():
     def trunk(params, x, y):
         return jnp.tanh(x @ params["kernel"] + params["bias"]), jnp.sum(x)
@@ -348,7 +361,7 @@ def test_tasks_with_heads_and_auxiliary_output():
         chex.assert_trees_all_close(found, (losses, gradients, jnp.sum(X[0])), **CLOSE)
 
 
-@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("form", slow_but({"factored"}, ["dense", "factored"]))
 def test_a_task_for_each_example(form):
     def loss(params, x, y):
         return losses_fn(params, x[None], y[None]).sum()
@@ -365,6 +378,7 @@ def test_a_task_for_each_example(form):
         chex.assert_trees_all_close(found, (losses, jacobian), **CLOSE)
 
 
+@pytest.mark.slow
 def test_pmap_trains_as_one_device_does():
     engine = sharding.parallel(jaxjd.value_and_jacobian(losses_fn, form="auto"), "data")
     run = functools.partial(train_all, engine, ["aligned_mtl"])
@@ -585,6 +599,7 @@ def test_shards_are_opaque():
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

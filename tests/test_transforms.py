@@ -10,7 +10,7 @@ from jax import lax
 
 import jaxjd
 from tests import registry
-from tests.registry import AGGREGATORS, M, by_name
+from tests.registry import AGGREGATORS, M, by_name, slow_but
 
 PARAMS = {"w": jnp.array([[0.3, -0.2], [0.1, 0.4]]), "b": jnp.array([0.5, -0.5])}
 
@@ -223,7 +223,7 @@ ACCUMULATED = {
 }
 
 
-@pytest.mark.parametrize("name", ACCUMULATED)
+@pytest.mark.parametrize("name", slow_but({"excess_mtl", "modo"}, list(ACCUMULATED)))
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_microbatches_equal_one_large_batch(name, form):
     """Two updates of two microbatches each, in a scan, against two updates of large batches."""
@@ -301,7 +301,11 @@ def test_multi_steps_of_optax_is_the_trap():
 STATEFUL = [method for method in AGGREGATORS if method.stateful or method.random]
 
 
-@pytest.mark.parametrize("method", STATEFUL, ids=by_name)
+# A state of a weighting, of draws, of an aggregator and of groups.
+QUICK = {"excess_mtl", "gradvac", "momentum_conflict_free", "grouped(modo)"}
+
+
+@pytest.mark.parametrize("method", slow_but(QUICK, STATEFUL), ids=by_name)
 def test_a_skipped_step_leaves_no_trace(method):
     params = registry.example_params()
     chain = optax.chain(method.aggregator(M), optax.adam(0.1))

@@ -11,7 +11,7 @@ import jax
 
 from jaxjd import weightings
 from jaxjd.aggregators._weighted import weighted
-from jaxjd.base import Aggregator
+from jaxjd.base import Aggregator, PyTree
 from jaxjd.linalg.dual_cone import DualConeProjector
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def aligned_mtl(
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     scale_mode: Literal["min", "median", "rmse"] = "min",
     *,
     num_tasks: int | None = None,
@@ -51,7 +51,8 @@ def aligned_mtl(
     See `jaxjd.weightings.aligned_mtl` (Senushkin et al., CVPR 2023).
 
     Args:
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       scale_mode: ``"min"``, ``"median"`` or ``"rmse"`` of the non-zero eigenvalues.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
@@ -101,15 +102,14 @@ def cagrad(
     return weighted(weightings.cagrad(c, rescale), num_tasks=num_tasks)
 
 
-def conflict_free(
-    pref_vector: jax.typing.ArrayLike | None = None, *, num_tasks: int | None = None
-) -> Aggregator:
+def conflict_free(pref_vector: PyTree | None = None, *, num_tasks: int | None = None) -> Aggregator:
     r"""ConFIG: the direction with equal cosines to all rows, as long as their projections on it.
 
     See `jaxjd.weightings.conflict_free` (Liu, Chu and Thuerey, ICLR 2025).
 
     Args:
-      pref_vector: The wanted cosines up to a factor, shape ``(m,)``; ones by default.
+      pref_vector: The wanted cosines up to a factor, shape ``(m,)`` or laid out as the losses; ones
+        by default.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -129,13 +129,13 @@ def conflict_free(
     return weighted(weightings.conflict_free(pref_vector), num_tasks=num_tasks)
 
 
-def constant(weights: jax.typing.ArrayLike, *, num_tasks: int | None = None) -> Aggregator:
+def constant(weights: PyTree, *, num_tasks: int | None = None) -> Aggregator:
     r"""A constant combination of the rows, :math:`w^\top J`.
 
     See `jaxjd.weightings.constant`.
 
     Args:
-      weights: One number per task, shape ``(m,)``.
+      weights: One number per task, shape ``(m,)`` or laid out as the losses.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -156,7 +156,7 @@ def constant(weights: jax.typing.ArrayLike, *, num_tasks: int | None = None) -> 
 
 
 def dualproj(
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     projector: DualConeProjector | None = None,
     *,
     num_tasks: int | None = None,
@@ -166,7 +166,8 @@ def dualproj(
     See `jaxjd.weightings.dualproj` (Lopez-Paz and Ranzato, NeurIPS 2017).
 
     Args:
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       projector: How to project, exact by default (`jaxjd.linalg`).
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
@@ -290,7 +291,8 @@ def gradvac(
     Args:
       beta: The rate of the moving average of the cosines, in [0, 1].
       eps: Added to a denominator, for unit rows, non-negative.
-      key: A typed PRNG key or a seed; the same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
 
     Returns:
@@ -427,17 +429,26 @@ def mgda(
     return weighted(weightings.mgda(normalization), num_tasks=num_tasks)
 
 
-def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) -> Aggregator:
+def modo(
+    gamma: float = 0.1,
+    rho: float = 0.1,
+    *,
+    num_tasks: int | None = None,
+    combine_pair: bool = False,
+) -> Aggregator:
     r"""MoDo: one projected gradient step on the weights per call, from two independent batches.
 
-    `update` needs ``cross_jacobians=(J1, J2)``, the Jacobians of two independent batches; the rows
-    combined are those of the first argument, for example the mean of the two.
+    `update` needs ``cross_jacobians=(J1, J2)``, the Jacobians of two independent batches. The
+    paper applies the weights to both of them: that is ``combine_pair=True``. Without it the rows
+    combined are those of the first argument, for example of a third batch.
     See `jaxjd.weightings.modo` (Chen et al., NeurIPS 2023).
 
     Args:
       gamma: The step size of the weights, positive.
       rho: The regularization of the weights, non-negative.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
+      combine_pair: Whether to combine the means of the rows of `J1` and `J2`, as
+        `jaxjd.weighted` does it, in the place of the rows of the first argument.
 
     Returns:
       An `Aggregator` with state `AggregatorState`.
@@ -448,7 +459,7 @@ def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) 
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
-      >>> aggregator = jaxjd.modo(gamma=0.001, num_tasks=2)
+      >>> aggregator = jaxjd.modo(gamma=0.001, num_tasks=2, combine_pair=True)
       >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
       >>> state = aggregator.init(jnp.zeros(3))
       >>> pair = (jacobian, jacobian)  # In training: of two independent batches.
@@ -456,7 +467,7 @@ def modo(gamma: float = 0.1, rho: float = 0.1, *, num_tasks: int | None = None) 
       >>> print(jnp.round(update, 4))
       [0.95 1.   1.  ]
     """
-    return weighted(weightings.modo(gamma, rho), num_tasks=num_tasks)
+    return weighted(weightings.modo(gamma, rho), num_tasks=num_tasks, combine_pair=combine_pair)
 
 
 def nash_mtl(
@@ -491,7 +502,7 @@ def nash_mtl(
 
 
 def pcd(
-    tau: float | jax.typing.ArrayLike = 0.02,
+    tau: PyTree = 0.02,
     beta: float = 0.999,
     eps: float = 1e-8,
     *,
@@ -531,7 +542,8 @@ def pcgrad(key: jax.Array | int = 0, *, num_tasks: int | None = None) -> Aggrega
     See `jaxjd.weightings.pcgrad` (Yu et al., NeurIPS 2020).
 
     Args:
-      key: A typed PRNG key or a seed; the same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -557,7 +569,8 @@ def random(key: jax.Array | int = 0, *, num_tasks: int | None = None) -> Aggrega
     See `jaxjd.weightings.random` (Lin et al., TMLR 2022).
 
     Args:
-      key: A typed PRNG key or a seed; the same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 
     Returns:
@@ -582,9 +595,10 @@ def sdmgrad(
     momentum: float = 0.5,
     n_iter: int = 20,
     lambda_: float = 0.3,
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     *,
     num_tasks: int | None = None,
+    combine_pair: bool = False,
 ) -> Aggregator:
     r"""SDMGrad: the minimum-norm direction, pulled towards a preferred one.
 
@@ -597,8 +611,11 @@ def sdmgrad(
       momentum: The momentum of the inner steps, in [0, 1).
       n_iter: The number of inner steps, positive and static.
       lambda_: The pull towards the preferred direction, non-negative.
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
+      combine_pair: Whether to combine the means of the rows of `J1` and `J2`, which saves the third
+        batch but is biased; as for `jaxjd.weighted`.
 
     Returns:
       An `Aggregator` with state `AggregatorState`.
@@ -618,7 +635,9 @@ def sdmgrad(
       [4.8462 1.     1.    ]
     """
     return weighted(
-        weightings.sdmgrad(lr, momentum, n_iter, lambda_, pref_vector), num_tasks=num_tasks
+        weightings.sdmgrad(lr, momentum, n_iter, lambda_, pref_vector),
+        num_tasks=num_tasks,
+        combine_pair=combine_pair,
     )
 
 
@@ -679,7 +698,7 @@ def sum(*, num_tasks: int | None = None) -> Aggregator:  # noqa: A001
 
 
 def upgrad(
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     projector: DualConeProjector | None = None,
     *,
     num_tasks: int | None = None,
@@ -689,7 +708,8 @@ def upgrad(
     See `jaxjd.weightings.upgrad` (Quinton and Rey, 2024).
 
     Args:
-      pref_vector: The preferences, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences, shape ``(m,)`` or laid out as the losses; ``1 / m`` each by
+        default.
       projector: How to project, exact by default (`jaxjd.linalg`).
       num_tasks: The number of tasks ``m``; with it the state holds the last weights.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ from jaxjd.aggregators._weighted import check_num_tasks
 from jaxjd.base import Aggregator, Jacobian, PyTree, fresh_key
 from jaxjd.checks import (
     as_vector,
+    check_entries,
     check_length,
-    check_range,
     check_state,
     check_static_int,
     type_name,
@@ -38,7 +38,7 @@ class GradDropState(NamedTuple):
 
 
 def graddrop(
-    leak: jax.typing.ArrayLike | None = None,
+    leak: PyTree | None = None,
     f: Callable[[jax.Array], jax.Array] | None = None,
     key: jax.Array | int = 0,
     *,
@@ -62,9 +62,10 @@ def graddrop(
 
     Args:
       leak: How much of each task's gradient is always kept, :math:`\ell`, in [0, 1], shape
-        ``(m,)``; zeros by default.
+        ``(m,)`` or laid out as the losses; zeros by default.
       f: An increasing function from [0, 1] to [0, 1], applied to arrays; the identity by default.
-      key: A typed PRNG key or a seed. The same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of an aggregator with a key of its own.
       num_tasks: The number of tasks ``m``, for a check of the Jacobian.
 
     Returns:
@@ -83,9 +84,7 @@ def graddrop(
       >>> print(update.shape, update[1:])  # the first entry is -4 or 6
       (3,) [2. 2.]
     """
-    if isinstance(leak, Sequence) and not isinstance(leak, str):
-        for task, amount in enumerate(leak):
-            check_range(f"leak[{task}]", amount, at_least=0, at_most=1)
+    check_entries("leak", leak, at_least=0, at_most=1)
     leak = None if leak is None else as_vector("leak", leak)
     if f is not None and not callable(f):
         raise ValueError(f"`f` must be a function from [0, 1] to [0, 1], got {f!r}.")

@@ -58,7 +58,7 @@ def momentum_conflict_free(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     *,
     num_tasks: int | None = None,
 ) -> Aggregator:
@@ -93,7 +93,7 @@ def momentum_conflict_free(
       eps: Added to the denominator, relative to its root mean square, so that it does not depend on
         the scale of the gradients, non-negative.
       pref_vector: The wanted cosines of the direction with the first moments up to a factor, shape
-        ``(m,)``; ones by default.
+        ``(m,)`` or laid out as the losses; ones by default.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
 
     Returns:
@@ -137,6 +137,7 @@ def momentum_conflict_free(
     weighting = conflict_free(pref_vector)
 
     def init(params: PyTree) -> MomentumConflictFreeState:
+        weighting.init(m)  # Compares sizes.
         params = jax.tree.map_with_path(as_shaped, params)
         zeros = jax.tree.map(_zeros, params)
         return MomentumConflictFreeState(

@@ -21,10 +21,12 @@ from jaxjd.base import (
     weight_dtype,
 )
 from jaxjd.checks import check_state, check_static_int, type_name
-from jaxjd.linalg.algebra import combine, count_tasks, cross_gramian, gramian
+from jaxjd.linalg.algebra import combine, count_tasks, cross_gramian, gramian, wide_combination
 
 
-def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregator:
+def weighted(
+    weighting: Weighting, *, num_tasks: int | None = None, combine_pair: bool = False
+) -> Aggregator:
     r"""Makes an aggregator from a weighting: :math:`A(J) = w(J)^\top J`.
 
     Args:
@@ -33,13 +35,17 @@ def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregato
         ``cross_jacobians=(J1, J2)``, while the Jacobian passed as updates is what is combined.
       num_tasks: The number of tasks ``m``. Needed if the weighting's state depends on it; with it
         the state also holds the last weights.
+      combine_pair: For a `CrossGramianWeighting`: combine the means of the rows of `J1` and `J2`,
+        :math:`\tfrac12 w^\top (J_1 + J_2)`, and not those of the updates, which are then only
+        looked at for their shapes: pass either of the two. Leaves may be factored.
 
     Returns:
       An `Aggregator` with state `AggregatorState`. It runs anywhere an optax gradient
       transformation does; as the first link of a chain it turns a Jacobian into an update.
 
     Raises:
-      ValueError: If `weighting` is none, or needs a missing `num_tasks`; in `update`, if the
+      ValueError: If `weighting` is none, or needs a missing `num_tasks`, or with `combine_pair` is
+        no `CrossGramianWeighting`; in `update`, if the
         Jacobian is malformed, does not fit the parameters or `num_tasks`, or if
         `cross_jacobians` is missing or malformed.
 
@@ -56,6 +62,11 @@ def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregato
       [1.1111 0.7895]
     """
     check_weighting(weighting)
+    if combine_pair and not isinstance(weighting, CrossGramianWeighting):
+        raise ValueError(
+            "`combine_pair` is for a CrossGramianWeighting, which reads a pair of Jacobians, got "
+            f"{type_name(weighting)}."
+        )
     if num_tasks is None:
         _check_stateless(weighting)
     else:
@@ -80,7 +91,16 @@ def weighted(weighting: Weighting, *, num_tasks: int | None = None) -> Aggregato
             raise ValueError(f"Expected weights of shape {(m,)}, found {type_name(weights)}.")
         logged = () if num_tasks is None else weights.astype(jnp.asarray(state.weights).dtype)
         next_state = AggregatorState(weights=logged, weighting=inner)
-        return combine(weights, updates), next_state, certificate
+        if not combine_pair:
+            return combine(weights, updates), next_state, certificate
+        # Combined one by one: leaves may be factored, which cannot be added.
+        first, second = (
+            wide_combination(weights, jacobian) for jacobian in extra_args["cross_jacobians"]
+        )
+        mean = jax.tree.map(
+            lambda leaf, one, other: ((one + other) / 2).astype(leaf.dtype), updates, first, second
+        )
+        return mean, next_state, certificate
 
     return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 

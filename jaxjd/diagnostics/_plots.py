@@ -110,10 +110,10 @@ def plot_diagnostics(history: Mapping[str, Any], names: Sequence[str] | None = N
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxjd
-      >>> history = {"0/weights": jnp.ones((10, 3)), "0/conflict_rate": jnp.zeros(10)}
+      >>> history = {"weights": jnp.ones((10, 3)), "conflict_rate": jnp.zeros(10)}
       >>> figure = jaxjd.diagnostics.plot_diagnostics(history)
       >>> [ax.get_title() for ax in figure.axes]
-      ['0/weights', '0/conflict_rate']
+      ['weights', 'conflict_rate']
     """
     panels = {}
     for title, value in history.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,6 +13,8 @@ from jaxjd.diagnostics._monitored import MonitoredState
 
 # By name: the chain links stand above the diagnostics.
 _SKIPS = ("SkipIfNotFiniteState", "skipped")
+# The states of jaxjd's and optax's `partition`, and the field that holds those of the groups.
+_GROUPS = ("PartitionState", "inner_states")
 
 
 def weights(opt_state: PyTree) -> dict[str, jax.Array]:
@@ -24,8 +26,11 @@ def weights(opt_state: PyTree) -> dict[str, jax.Array]:
         scan.
 
     Returns:
-      The weights by the path in the state that leads to them: shape ``(m,)`` for an aggregator,
-      ``(g, m)`` for `jaxjd.grouped`. They are zeros before the first step.
+      The weights by name: shape ``(m,)`` for an aggregator, ``(g, m)`` for `jaxjd.grouped`. They
+      are zeros before the first step. The name is ``"weights"``, with the labels of the groups of a
+      `jaxjd.partition` or ``optax.partition`` in front (``"trunk/weights"``), however chains are
+      wrapped. Two that would have one name get the first differing part of the paths to them in
+      front, as the place in a chain (``"0/weights"``).
 
     Raises:
       ValueError: If there are none: aggregators keep their weights if they are made with
@@ -38,9 +43,9 @@ def weights(opt_state: PyTree) -> dict[str, jax.Array]:
       >>> _, state = tx.update(jacobian, tx.init(jnp.zeros(3)))
       >>> for path, found in jaxjd.diagnostics.weights(state).items():
       ...     print(path, jnp.round(found, 4))
-      0/weights [1.1111 0.7895]
+      weights [1.1111 0.7895]
     """
-    found = dict(_fields(opt_state, _weights_of))
+    found = _collect(opt_state, _weights_of)
     if not found:
         raise ValueError(
             "No aggregator's weights in this state. An aggregator keeps them if it is made with "
@@ -56,7 +61,7 @@ def skipped_steps(opt_state: PyTree) -> dict[str, jax.Array]:
       opt_state: As for `weights`.
 
     Returns:
-      The counts by the path in the state that leads to them, int32 scalars.
+      The counts by name, ``"skipped"``, as for `weights`: int32 scalars.
 
     Raises:
       ValueError: If no step of this state can have been skipped.
@@ -69,7 +74,7 @@ def skipped_steps(opt_state: PyTree) -> dict[str, jax.Array]:
       >>> print(jaxjd.diagnostics.skipped_steps(state)["skipped"])
       1
     """
-    found = dict(_fields(opt_state, _skipped_of))
+    found = _collect(opt_state, _skipped_of)
     if not found:
         raise ValueError(
             "No `skip_if_not_finite` in this state: wrap the chain by it to count skipped steps."
@@ -84,7 +89,7 @@ def summary(opt_state: PyTree) -> dict[str, jax.Array]:
       opt_state: As for `weights`.
 
     Returns:
-      A dict from the path in the state to the array: the weights of every aggregator, the
+      A dict from the name to the array, named as by `weights`: the weights of every aggregator, the
       diagnostics of every `monitored` one, and the counts of skipped steps. Its keys do not change
       over the training, so that it can be the output of a ``lax.scan``. Empty if there is nothing.
 
@@ -94,17 +99,17 @@ def summary(opt_state: PyTree) -> dict[str, jax.Array]:
       >>> tx = optax.chain(monitored, optax.adam(1e-3))
       >>> for path in jaxjd.diagnostics.summary(tx.init(jnp.zeros(3))):
       ...     print(path)
-      0/cosines
-      0/conflict_rate
-      0/update_conflict_rate
-      0/predicted_change
-      0/stationarity_gap
-      0/relative_stationarity_gap
-      0/effective_rank
-      0/solver_residual
-      0/inner_state/weights
+      cosines
+      conflict_rate
+      update_conflict_rate
+      predicted_change
+      stationarity_gap
+      relative_stationarity_gap
+      effective_rank
+      solver_residual
+      weights
     """
-    return dict(_fields(opt_state, _monitored_of, _weights_of, _skipped_of))
+    return _collect(opt_state, _monitored_of, _weights_of, _skipped_of)
 
 
 def _weights_of(node: Any) -> tuple[str, ...]:
@@ -124,19 +129,62 @@ def _monitored_of(node: Any) -> tuple[str, ...]:
     return tuple(field for field in node._fields if field != "inner_state")
 
 
+class _Found(NamedTuple):
+    """An array to log.
+
+    Attributes:
+      groups: The labels of the groups of partitions on the way to it.
+      field: The name of the field that holds it.
+      path: The whole path to it, for what groups and field do not tell apart.
+      array: The array.
+    """
+
+    groups: tuple[str, ...]
+    field: str
+    path: tuple[Any, ...]
+    array: jax.Array
+
+
+def _collect(tree: PyTree, *readers: Callable[[Any], tuple[str, ...]]) -> dict[str, jax.Array]:
+    """Returns the arrays in the fields that `readers` name, by short keys."""
+    by_key: dict[str, list[_Found]] = {}
+    for found in _fields(tree, *readers):
+        by_key.setdefault("/".join((*found.groups, found.field)), []).append(found)
+    result = {}
+    for key, same in by_key.items():
+        # Paths that lead to different arrays differ somewhere: in the places of a chain, say.
+        names = [[path_name([entry]) for entry in found.path] for found in same]
+        place = 0
+        while len(same) > 1 and place < min(map(len, names)) and len({n[place] for n in names}) < 2:
+            place += 1
+        for found, own in zip(same, names, strict=True):
+            short = f"{own[place]}/{key}" if len(same) > 1 and place < len(own) else key
+            # Where the first difference is shared by some, the whole path tells them apart.
+            if short in result or (short != key and short in by_key):
+                short = path_name(found.path)
+            result[short] = found.array
+    return result
+
+
 def _fields(
-    tree: PyTree, *readers: Callable[[Any], tuple[str, ...]], path: tuple[Any, ...] = ()
-) -> Iterator[tuple[str, jax.Array]]:
-    """Yields the arrays in the fields that `readers` name, with their paths."""
+    tree: PyTree,
+    *readers: Callable[[Any], tuple[str, ...]],
+    path: tuple[Any, ...] = (),
+    groups: tuple[str, ...] = (),
+    owner: tuple[str, str] | None = None,
+) -> Iterator[_Found]:
+    """Yields the arrays in the fields that `readers` name."""
     readable = readers
     for reader in readers:
         for field in reader(tree):
             # A library may have put the array into a box of its own, or nothing be there.
             for array in jax.tree.leaves(getattr(tree, field)):
-                yield path_name((*path, jax.tree_util.GetAttrKey(field))), array
+                yield _Found(groups, field, (*path, jax.tree_util.GetAttrKey(field)), array)
                 if reader is _weights_of:  # Those inside are a weighting's.
                     readable = tuple(other for other in readable if other is not _weights_of)
     # One level: everything but the tree itself counts as a leaf.
     for key, child in jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is not tree):
         if key:
-            yield from _fields(child, *readable, path=(*path, *key))
+            inside = (*groups, path_name(key)) if owner == _GROUPS else groups
+            own = (type(tree).__name__, path_name(key))
+            yield from _fields(child, *readable, path=(*path, *key), groups=inside, owner=own)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.linalg.gradient_projection import conjugate_gradients, descend
-from jaxjd.linalg.pivoting import search, support_solver
+from jaxjd.linalg.pivoting import search, solve_on_support, support_solver
 from jaxjd.linalg.precision import matmul
 
 _DESCENT_STEPS = 60
@@ -63,8 +63,7 @@ def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     cosines, linear = primals
     cosines_dot, linear_dot = tangents
     x = _solve(cosines, linear)
-    solve = support_solver(cosines, x > 0)
-    return x, solve(-(linear_dot + matmul(x, cosines_dot)))
+    return x, solve_on_support(cosines, x > 0, -(linear_dot + matmul(x, cosines_dot)))
 
 
 def approximate(

@@ -30,16 +30,10 @@ def support_solver(cosines: jax.Array, support: jax.Array, refinements: int = 2)
     wherever `C_SS` is not singular.
     """
     mask = support.astype(cosines.dtype)
-    eye = jnp.eye(cosines.shape[0], dtype=cosines.dtype)
-    systems = cosines[None] * mask[:, :, None] * mask[:, None, :]
-    systems += eye[None] * jnp.where(support, ridge(cosines.dtype), 1)[:, :, None]
-    factors = lax.linalg.cholesky(systems)
+    factors = _factorize(cosines, support)
 
     def apply(b: jax.Array) -> jax.Array:
-        b = (b * mask)[..., None]
-        b = lax.linalg.triangular_solve(factors, b, left_side=True, lower=True)
-        b = lax.linalg.triangular_solve(factors, b, left_side=True, lower=True, transpose_a=True)
-        return b[..., 0] * mask
+        return _cholesky_solve(factors, b * mask) * mask
 
     def solve(b: jax.Array) -> jax.Array:
         x = apply(b)
@@ -48,6 +42,51 @@ def support_solver(cosines: jax.Array, support: jax.Array, refinements: int = 2)
         return x
 
     return solve
+
+
+def solve_on_support(cosines: jax.Array, support: jax.Array, right: jax.Array) -> jax.Array:
+    r"""Returns ``C_SS^+ b_S`` for every row's support `S`, for derivatives, shaped like `right`.
+
+    Where `C_SS` is singular, the ridge of `support_solver` would blow up what `b` has outside of
+    the range, down to its rounding errors. With the independent rows `T` of `S`, and `A` that
+    combines the others of them, :math:`C_{SS} = W C_{TT} W^\top` for the stacked
+    :math:`W = (I; A)`, and
+
+    .. math:: C_{SS}^+ = W N^{-1} C_{TT}^{-1} N^{-1} W^\top, \qquad N = W^\top W = I + A^\top A.
+
+    This is a symmetric function of `b` in every step, so forward and reverse mode agree; and it has
+    no loop.
+    """
+    k, m = support.shape
+    eye = jnp.eye(m, dtype=cosines.dtype)
+    # A pivot is a row's squared distance to the span of those before it, with rounding and ridge.
+    pivots = jnp.square(jnp.diagonal(_factorize(cosines, support), axis1=1, axis2=2))
+    base = support & ~(pivots <= 2 * m * ridge(cosines.dtype))
+    combine = support_solver(cosines, base, refinements=0)
+    columns = jnp.broadcast_to(cosines[:, None, :], (m, k, m))
+    rest = jax.vmap(combine, out_axes=1)(columns) * (support & ~base)[:, :, None]
+    factor = lax.linalg.cholesky(eye[None] + matmul(rest.mT, rest))
+    spread = rest + eye[None] * base[:, :, None]
+
+    right = matmul(right[:, None, :], spread)[:, 0]
+    right = support_solver(cosines, base)(_cholesky_solve(factor, right))
+    return matmul(spread, _cholesky_solve(factor, right)[..., None])[..., 0]
+
+
+def _factorize(cosines: jax.Array, support: jax.Array) -> jax.Array:
+    """A Cholesky factor of ``C_SS`` with a ridge, and of the identity outside of `S`."""
+    mask = support.astype(cosines.dtype)
+    eye = jnp.eye(cosines.shape[0], dtype=cosines.dtype)
+    systems = cosines[None] * mask[:, :, None] * mask[:, None, :]
+    systems += eye[None] * jnp.where(support, ridge(cosines.dtype), 1)[:, :, None]
+    return lax.linalg.cholesky(systems)
+
+
+def _cholesky_solve(factors: jax.Array, b: jax.Array) -> jax.Array:
+    b = b[..., None]
+    b = lax.linalg.triangular_solve(factors, b, left_side=True, lower=True)
+    b = lax.linalg.triangular_solve(factors, b, left_side=True, lower=True, transpose_a=True)
+    return b[..., 0]
 
 
 def search(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxjd.base import PyTree, Scalarizer, require_num_tasks, weight_dtype
+from jaxjd.base import PyTree, Scalarizer, check_sizes, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_state
 from jaxjd.scalarizers._tasks import PerTask, loss_vector, nan_if_negative, optional_per_task
 
@@ -101,6 +101,7 @@ def famo(
 
     def init(num_tasks: Any = None) -> FAMOState:
         m = require_num_tasks(num_tasks, "famo")
+        check_sizes(m, min_losses=bounds)
         logits, losses = (jnp.zeros(m, weight_dtype(None)) for _ in range(2))
         return FAMOState(jnp.zeros((), jnp.int32), logits, adam.init(logits), losses)
 

@@ -37,7 +37,8 @@ def random(key: jax.Array | int = 0) -> Scalarizer:
     state, so it gives the same weights until `update` splits the key.
 
     Args:
-      key: A typed PRNG key or a seed. The same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of a scalarizer with a key of its own.
 
     Returns:
       A `Scalarizer` with state `RandomState`.

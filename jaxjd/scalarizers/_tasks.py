@@ -53,6 +53,11 @@ class PerTask(NamedTuple):
     tree: PyTree
     array: jax.Array | None
 
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.tree))
+
     def vector(self, losses: PyTree, dtype: jnp.dtype) -> jax.Array:
         """Returns the numbers in the order of the tasks, shape ``(m,)``.
 

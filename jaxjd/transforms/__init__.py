@@ -1,5 +1,6 @@
 """Chain links: what stands around an aggregator in a chain of optax transformations."""
 
+from jaxjd.transforms._drop_extra_args import drop_extra_args as drop_extra_args
 from jaxjd.transforms._ensure_aggregated import EnsureAggregatedState as EnsureAggregatedState
 from jaxjd.transforms._ensure_aggregated import ensure_aggregated as ensure_aggregated
 from jaxjd.transforms._freeze import freeze as freeze
@@ -15,6 +16,7 @@ __all__ = [
     "MultiStepsState",
     "PerTaskState",
     "SkipIfNotFiniteState",
+    "drop_extra_args",
     "ensure_aggregated",
     "freeze",
     "multi_steps",

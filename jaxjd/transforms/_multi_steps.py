@@ -128,7 +128,10 @@ def multi_steps(
         mini_step = state.mini_step + 1
         wanted = k(state.step) if callable(k) else k
 
-        def emit() -> tuple[PyTree, MultiStepsState]:
+        # Operands, not closures: outside of jit, zeros like a constant lose its sharding's type.
+        operands = (jacobian, losses, crossed, params)
+
+        def emit(jacobian, losses, crossed, params) -> tuple[PyTree, MultiStepsState]:
             extra = dict(extra_args)
             if with_losses:
                 extra["losses"] = losses / mini_step.astype(losses.dtype)
@@ -142,9 +145,9 @@ def multi_steps(
             step = optax.safe_increment(state.step)
             return result, MultiStepsState(jnp.zeros_like(mini_step), step, inner_state, *zeros)
 
-        like, _ = jax.eval_shape(emit)
+        like, _ = jax.eval_shape(emit, *operands)
 
-        def wait() -> tuple[PyTree, MultiStepsState]:
+        def wait(jacobian, losses, crossed, params) -> tuple[PyTree, MultiStepsState]:
             # Made from what has the updates' sharding.
             rows = jax.tree.map(lambda leaf: leaf[0], jacobian) if params is None else params
             zeros = [
@@ -156,7 +159,7 @@ def multi_steps(
                 mini_step, state.step, state.inner_state, jacobian, losses, crossed
             )
 
-        return lax.cond(mini_step >= wanted, emit, wait)
+        return lax.cond(mini_step >= wanted, emit, wait, *operands)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

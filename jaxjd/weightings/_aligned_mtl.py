@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import PyTree, Weighting, stateless_with
 from jaxjd.checks import check_square
 from jaxjd.linalg.precision import matmul
 from jaxjd.weightings._preference import check_preference, preference
@@ -17,7 +17,7 @@ _SCALE_MODES = ("min", "median", "rmse")
 
 
 def aligned_mtl(
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
     scale_mode: Literal["min", "median", "rmse"] = "min",
 ) -> Weighting:
     r"""Aligned-MTL: makes the principal components of the gradients equally long.
@@ -32,7 +32,8 @@ def aligned_mtl(
     :math:`m \epsilon \lambda_{max}`; for a zero Gramian `w = p`.
 
     Args:
-      pref_vector: The preferences :math:`p`, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The preferences :math:`p`, shape ``(m,)`` or laid out as the losses; ``1 / m``
+        each by default.
       scale_mode: The scale `s`: the smallest of the eigenvalues kept (``"min"``), their lower
         median (``"median"``), or their mean (``"rmse"``).
 
@@ -63,7 +64,7 @@ def aligned_mtl(
         normalized = stat / jnp.where(zero, 1, scale)
         return jnp.where(zero, p, _align(normalized, p, scale_mode)), state
 
-    return Weighting(stateless, update)
+    return Weighting(stateless_with(pref_vector=pref_vector), update)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -11,10 +11,10 @@ from jax import lax
 from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
 from jaxjd.linalg.nonnegative_qp import solve_from
-from jaxjd.linalg.pivoting import support_solver
+from jaxjd.linalg.pivoting import solve_on_support
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.residuals import worst_case_residual
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.linalg.scaling import safe_sqrt, unit_diagonal
 
 _MAX_STEPS = 40
 _ROUNDING = 8.0  # Of a squared length that a Gramian gives, in ulps.
@@ -68,7 +68,7 @@ def cagrad(c: float, rescale: Literal["none", "square", "linear"] = "none") -> W
         improvement = matmul(unit.cosines, mean)  # <g_i, g_0> / |g_i|
         size = jnp.asarray(c, stat.dtype)
         shrink = (1, 1 + size * size, 1 + size)[_RESCALE.index(rescale)]
-        radius = size * jnp.sqrt(jnp.maximum(matmul(mean, improvement), 0))
+        radius = size * safe_sqrt(matmul(mean, improvement))
         inverse = unit.inverse_lengths * scale
         x = _best_worst_case(unit.cosines, improvement, inverse, radius)
         weights = ((1 / m + x * inverse) / shrink).astype(stat.dtype)
@@ -93,14 +93,14 @@ def _best_worst_case_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, ja
     cosines, _, inverse_lengths, radius = primals
     cosines_dot, improvement_dot, inverse_dot, radius_dot = tangents
     x, mu, reached = _search(*primals)
-    solve = support_solver(cosines, x[None, :] > 0)
     along = matmul(cosines_dot, x)
     forced = mu * inverse_dot - improvement_dot - along
     slope = jnp.sum(x * inverse_lengths)
     moves = reached & (slope > 0)
     mu_dot = radius * radius_dot - jnp.sum(x * (along / 2 + forced))
     mu_dot = jnp.where(moves, mu_dot / jnp.where(moves, slope, 1), 0)
-    return x, solve((inverse_lengths * mu_dot + forced)[None, :])[0]
+    right = inverse_lengths * mu_dot + forced
+    return x, solve_on_support(cosines, x[None, :] > 0, right[None, :])[0]
 
 
 @jax.jit  # So that calls outside of jit do not compile the loop anew.

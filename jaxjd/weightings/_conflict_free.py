@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import Certified, PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless_with
 from jaxjd.checks import check_length, check_square
 from jaxjd.linalg.precision import matmul
 from jaxjd.linalg.pseudo_inverse import reaches, solve
@@ -16,7 +16,7 @@ from jaxjd.linalg.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 
 
-def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
+def conflict_free(pref_vector: PyTree | None = None) -> Weighting:
     r"""ConFIG: the direction with given cosines to all gradients, as long as their projections.
 
     With the unit rows :math:`U = D^{-1} J`, where :math:`D` holds the lengths of the gradients:
@@ -31,7 +31,8 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
     `jaxjd.momentum_conflict_free`.
 
     Args:
-      pref_vector: The wanted cosines :math:`p` up to a factor, shape ``(m,)``; ones by default.
+      pref_vector: The wanted cosines :math:`p` up to a factor, shape ``(m,)`` or laid out as the
+        losses; ones by default.
 
     Returns:
       A `Weighting`. Where no direction is defined (all rows are zero, or :math:`p` is orthogonal to
@@ -69,7 +70,7 @@ def conflict_free(pref_vector: jax.typing.ArrayLike | None = None) -> Weighting:
         )
         return weights, state, certificate
 
-    return Weighting(stateless, Certified(update))
+    return Weighting(stateless_with(pref_vector=pref_vector), Certified(update))
 
 
 def _residual(

@@ -17,7 +17,7 @@ from jaxjd.base import (
     solve,
     weight_dtype,
 )
-from jaxjd.checks import check_range, check_state, is_real, type_name
+from jaxjd.checks import as_vector, check_range, check_state, is_real, type_name
 
 
 class CRMOGMState(NamedTuple):
@@ -42,7 +42,7 @@ class CRMOGMState(NamedTuple):
 def cr_mogm(
     weighting: Weighting,
     alpha: optax.ScalarOrSchedule = 0.9,
-    initial_weights: jax.typing.ArrayLike | None = None,
+    initial_weights: PyTree | None = None,
 ) -> Weighting:
     r"""CR-MOGM: smooths the weights of another weighting over the calls.
 
@@ -59,7 +59,7 @@ def cr_mogm(
       alpha: The coefficient of the past, in [0, 1]: 0 returns the wrapped weights, 1 keeps the
         first ones. Or a schedule of the call count, from 0. The paper lets it rise as the learning
         rate falls: ``alpha = lambda k: 1 - learning_rate(k) / learning_rate(0)``.
-      initial_weights: The weights :math:`\lambda_0`, shape ``(m,)``.
+      initial_weights: The weights :math:`\lambda_0`, shape ``(m,)`` or laid out as the losses.
 
     Returns:
       A weighting of the type of `weighting`, with state `CRMOGMState`.
@@ -88,13 +88,16 @@ def cr_mogm(
     check_weighting(weighting)
     if not callable(alpha):
         check_range("alpha", alpha, at_least=0, at_most=1)
+    given = initial_weights
     if initial_weights is not None:
         try:
-            initial_weights = jnp.asarray(initial_weights)
+            initial_weights = jnp.asarray(given)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`initial_weights` must be an array of numbers, got {initial_weights!r}."
-            ) from error
+            if jax.tree_util.all_leaves([given]):
+                raise ValueError(
+                    f"`initial_weights` must be an array of numbers, got {given!r}."
+                ) from error
+            initial_weights = as_vector("initial_weights", given)
         if not is_real(initial_weights.dtype):
             raise ValueError(
                 f"`initial_weights` must hold real numbers, got {type_name(initial_weights)}."
@@ -108,11 +111,12 @@ def cr_mogm(
         dtype = weight_dtype(params)
         start = jnp.zeros(shape, dtype)
         if initial_weights is not None:
-            if initial_weights.shape != shape:
-                raise ValueError(
-                    f"`initial_weights` must have shape {shape}, got {initial_weights.shape}."
-                )
-            start = jnp.array(initial_weights, dtype)
+            wanted = initial_weights
+            if len(shape) == 1 and not jax.tree_util.all_leaves([given]):
+                wanted = as_vector("initial_weights", given)
+            if wanted.shape != shape:
+                raise ValueError(f"`initial_weights` must have shape {shape}, got {wanted.shape}.")
+            start = jnp.array(wanted, dtype)
         return CRMOGMState(
             count=jnp.zeros((), jnp.int32), weights=start, inner=weighting.init(num_tasks, params)
         )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import PyTree, Weighting, stateless, stateless_with
 from jaxjd.checks import as_vector, check_length, check_square
 
 
@@ -60,13 +60,13 @@ def sum() -> Weighting:  # noqa: A001
     return Weighting(stateless, update)
 
 
-def constant(weights: jax.typing.ArrayLike) -> Weighting:
+def constant(weights: PyTree) -> Weighting:
     r"""Weights the tasks by given numbers: :math:`w` is `weights`.
 
     Stateless.
 
     Args:
-      weights: One number per task, shape ``(m,)``.
+      weights: One number per task, shape ``(m,)`` or laid out as the losses.
 
     Returns:
       A `Weighting`.
@@ -88,4 +88,4 @@ def constant(weights: jax.typing.ArrayLike) -> Weighting:
         # Zeros made here belong to the mesh of the call, wherever `weights` was made.
         return jnp.zeros((m,), stat.dtype) + weights.astype(stat.dtype), state
 
-    return Weighting(stateless, update)
+    return Weighting(stateless_with(weights=weights), update)

@@ -51,7 +51,8 @@ def gradvac(beta: float = 0.5, eps: float = 1e-8, key: jax.Array | int = 0) -> W
       beta: The rate of the moving average, in [0, 1].
       eps: Added to the cosine-like factor of the denominator (for unit rows, so that it does not
         depend on the gradients' scale), non-negative.
-      key: A typed PRNG key or a seed. The same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of a weighting with a key of its own.
 
     Returns:
       A `Weighting` with state `GradVacState`.

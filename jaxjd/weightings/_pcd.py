@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxjd.base import Certificate, Certified, PyTree, Weighting, require_num_tasks, weight_dtype
-from jaxjd.checks import as_vector, check_length, check_range, check_square, check_state
+from jaxjd.checks import (
+    as_vector,
+    check_entries,
+    check_length,
+    check_range,
+    check_square,
+    check_state,
+)
 from jaxjd.linalg.min_norm import min_norm_weights
 from jaxjd.linalg.nonnegative_qp import nonnegative_qp
 from jaxjd.linalg.precision import matmul
@@ -35,9 +41,7 @@ class PCDState(NamedTuple):
     squares: jax.Array
 
 
-def pcd(
-    tau: float | jax.typing.ArrayLike = 0.02, beta: float = 0.999, eps: float = 1e-8
-) -> Weighting:
+def pcd(tau: PyTree = 0.02, beta: float = 0.999, eps: float = 1e-8) -> Weighting:
     r"""PCD: follows the first task as closely as progress on all others allows.
 
     With the rows :math:`\tilde g_i = g_i / \sqrt{\hat v_i}`, where :math:`\hat v_i` is the
@@ -53,7 +57,7 @@ def pcd(
 
     Args:
       tau: The progress :math:`\tau` wanted on the secondary tasks, in [0, 1]: a number, or one per
-        secondary task, shape ``(m - 1,)``.
+        secondary task, shape ``(m - 1,)`` or laid out as their losses.
       beta: The rate of the moving average, in [0, 1).
       eps: Added to :math:`\hat v`, relative to its mean over the tasks, so that the update scales
         with the gradients; non-negative.
@@ -184,9 +188,7 @@ def _residual(
 
 
 def _check_tau(tau: Any) -> Any:
-    if isinstance(tau, Sequence) and not isinstance(tau, str):
-        for j, level in enumerate(tau):
-            check_range(f"tau[{j}]", level, at_least=0, at_most=1)
+    check_entries("tau", tau, at_least=0, at_most=1)
     if getattr(tau, "shape", None) == () or not hasattr(tau, "__len__"):
         check_range("tau", tau, at_least=0, at_most=1)
         return tau

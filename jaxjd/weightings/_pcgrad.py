@@ -46,7 +46,8 @@ def pcgrad(key: jax.Array | int = 0) -> Weighting:
     paper. With two tasks the order does not matter and the update is that of `upgrad`, times two.
 
     Args:
-      key: A typed PRNG key or a seed. The same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of a weighting with a key of its own.
 
     Returns:
       A `Weighting` with state `PCGradState`.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxjd.base import PyTree
 from jaxjd.checks import as_vector, check_length
 
 
-def check_preference(pref_vector: jax.typing.ArrayLike | None) -> jax.Array | None:
+def check_preference(pref_vector: PyTree | None) -> jax.Array | None:
     """Returns a preference vector as an array, or None for the uniform one.
 
     Raises:

@@ -34,7 +34,8 @@ def random(key: jax.Array | int = 0) -> Weighting:
     Learning" (TMLR 2022, https://arxiv.org/abs/2111.10603).
 
     Args:
-      key: A typed PRNG key or a seed. The same key gives the same run.
+      key: A typed PRNG key or a seed. The same key gives the same run, in every lane of a
+        `jax.vmap` too: give each the state of a weighting with a key of its own.
 
     Returns:
       A `Weighting` with state `RandomState`.

@@ -12,6 +12,7 @@ from jax import lax
 from jaxjd.base import (
     CrossGramianWeighting,
     PyTree,
+    check_sizes,
     require_num_tasks,
     weight_dtype,
 )
@@ -42,7 +43,7 @@ def sdmgrad(
     momentum: float = 0.5,
     n_iter: int = 20,
     lambda_: float = 0.3,
-    pref_vector: jax.typing.ArrayLike | None = None,
+    pref_vector: PyTree | None = None,
 ) -> CrossGramianWeighting:
     r"""SDMGrad: the minimum-norm direction, pulled towards a preferred one, without bias.
 
@@ -62,7 +63,8 @@ def sdmgrad(
       momentum: The momentum of the inner steps, in [0, 1). It starts anew at every call.
       n_iter: The number of inner steps, positive and static.
       lambda_: The pull :math:`\lambda` towards the preferred direction, non-negative.
-      pref_vector: The preferred weights :math:`\tilde w`, shape ``(m,)``; ``1 / m`` by default.
+      pref_vector: The preferred weights :math:`\tilde w`, shape ``(m,)`` or laid out as the losses;
+        ``1 / m`` by default.
 
     Returns:
       A `CrossGramianWeighting` with state `SDMGradState`.
@@ -95,6 +97,7 @@ def sdmgrad(
 
     def init(num_tasks: int, params: PyTree | None = None) -> SDMGradState:
         m = require_num_tasks(num_tasks, "sdmgrad")
+        check_sizes(m, pref_vector=pref_vector)
         return SDMGradState(weights=jnp.full((m,), 1 / m, weight_dtype(params)))
 
     def update(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import Certified, PyTree, Weighting, stateless
+from jaxjd.base import Certified, PyTree, Weighting, stateless_with
 from jaxjd.checks import check_square, type_name
 from jaxjd.linalg.dual_cone import (
     DualConeProjector,
@@ -19,7 +19,7 @@ from jaxjd.weightings._preference import check_preference, preference
 
 
 def upgrad(
-    pref_vector: jax.typing.ArrayLike | None = None, projector: DualConeProjector | None = None
+    pref_vector: PyTree | None = None, projector: DualConeProjector | None = None
 ) -> Weighting:
     r"""UPGrad: projects every task's gradient onto the dual cone, then sums.
 
@@ -32,8 +32,8 @@ def upgrad(
     TorchJD regularizes; `jaxjd.linalg.regularized_projector` gives TorchJD's numbers.
 
     Args:
-      pref_vector: The weights :math:`p` of the projected gradients, shape ``(m,)``; ``1 / m`` each
-        by default.
+      pref_vector: The weights :math:`p` of the projected gradients, shape ``(m,)`` or laid out as
+        the losses; ``1 / m`` each by default.
       projector: How to project, `jaxjd.linalg.exact_projector` by default.
 
     Returns:
@@ -60,11 +60,11 @@ def upgrad(
         certificate = projection_certificate(project, projected, rows, stat)
         return jnp.sum(projected, axis=0), state, certificate
 
-    return Weighting(stateless, Certified(update))
+    return Weighting(stateless_with(pref_vector=pref_vector), Certified(update))
 
 
 def dualproj(
-    pref_vector: jax.typing.ArrayLike | None = None, projector: DualConeProjector | None = None
+    pref_vector: PyTree | None = None, projector: DualConeProjector | None = None
 ) -> Weighting:
     r"""DualProj: projects the weighted sum of the gradients onto the dual cone.
 
@@ -76,7 +76,8 @@ def dualproj(
     https://arxiv.org/abs/1706.08840). Stateless and exact.
 
     Args:
-      pref_vector: The weights :math:`p`, shape ``(m,)``; ``1 / m`` each by default.
+      pref_vector: The weights :math:`p`, shape ``(m,)`` or laid out as the losses; ``1 / m`` each
+        by default.
       projector: How to project, `jaxjd.linalg.exact_projector` by default.
 
     Returns:
@@ -102,7 +103,7 @@ def dualproj(
         projected = _project(project, row, stat)
         return projected, state, projection_certificate(project, projected, row, stat)
 
-    return Weighting(stateless, Certified(update))
+    return Weighting(stateless_with(pref_vector=pref_vector), Certified(update))
 
 
 def _projector(projector: DualConeProjector | None) -> DualConeProjector:
