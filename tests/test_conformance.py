@@ -136,6 +136,8 @@ def test_alias_has_the_arguments_of_its_weighting(method):
     weighting = inspect.signature(getattr(jaxjd.weightings, method.name)).parameters
     alias = dict(inspect.signature(getattr(jaxjd, method.name)).parameters)
     assert alias.pop("num_tasks").kind is inspect.Parameter.KEYWORD_ONLY
+    if method.stat == "cross":  # What is combined is no matter of the weights.
+        assert alias.pop("combine_pair").default is False
     assert {n: p.default for n, p in alias.items()} == {n: p.default for n, p in weighting.items()}
 
 

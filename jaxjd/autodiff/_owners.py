@@ -277,10 +277,16 @@ def _is_elementwise(jaxpr: Any) -> bool:
 
 
 def _elementwise(equation: Any, owners: Owners) -> _Parts:
-    shape = equation.outvars[0].aval.shape
-    if any(var.aval.shape not in (shape, ()) for var in equation.invars):
-        return None
-    return [owners if var.aval.shape == shape else None for var in equation.invars]
+    shape, axis = equation.outvars[0].aval.shape, owners.axis or 0
+    parts: list[Owners | None] = []
+    for var in equation.invars:
+        own = var.aval.shape
+        if own and (
+            len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True))
+        ):
+            return None
+        parts.append(owners if own and own[axis] == shape[axis] else None)
+    return parts
 
 
 def _keeping(equation: Any, owners: Owners, removed: Sequence[int]) -> _Parts:

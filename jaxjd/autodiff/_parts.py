@@ -349,11 +349,11 @@ def can_cut(program: Program, num_losses: int) -> bool:
     return set(atoms).isdisjoint(program.invars) and not any(map(is_explicit, avals))
 
 
-def pays(found: Cut, m: int) -> bool:
+def pays(found: Cut, num_params: int, m: int) -> bool:
     """Whether cutting saves a tenth of the work of a backward pass per task, or more."""
+    params = set(found.program.invars[:num_params])
     total = saved = 0.0
     for part in found.parts:
-        params = {var for var, _ in part.sources[: part.num_params]}
         # Their cotangents are made one by one anyway.
         shared = {probe.number for probe in part.probes if probe.source not in params}
         share = len(part.tasks) / m if part.tasks else 1 / m
@@ -439,7 +439,7 @@ def cut_losses(program: Program, num_params: int, num_losses: int) -> tuple[Cut,
     atoms = program.outvars[:num_losses]
     sizes = [atom.aval.size for atom in atoms]
     found = cut(program, num_params, atoms, sizes)
-    return (found, sum(sizes)) if pays(found, sum(sizes)) else None
+    return (found, sum(sizes)) if pays(found, num_params, sum(sizes)) else None
 
 
 def jacobian(
