@@ -291,10 +291,9 @@ def _elementwise(equation: Any, owners: Owners) -> _Parts:
 
 def _keeping(equation: Any, owners: Owners, removed: Sequence[int]) -> _Parts:
     """The one operand has some axes more."""
-    removed = {int(axis) for axis in removed}
     ndim = len(equation.invars[0].aval.shape)
-    kept = [axis for axis in range(ndim) if axis not in removed]
-    return [along(kept[owners.axis], owners.tasks)]
+    kept = [axis for axis in range(ndim) if axis not in set(map(int, removed))]
+    return [along(kept[owners.axis or 0], owners.tasks)]
 
 
 def _slice_of_one(equation: Any, owners: Owners) -> _Parts:

@@ -169,6 +169,10 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
     return Cut(program, parts, before, owners)
 
 
+def _only(task: int | None) -> Tasks:
+    return () if task is None else (task,)
+
+
 def _numbered(atoms: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, Tasks]]:
     """Every loss output with the numbers of its losses."""
     found, start = [], 0
@@ -243,9 +247,8 @@ class _Builder(NamedTuple):
                     shares.append((place, root, chain))
             for place, root, chain in shares:
                 axes = operand_axes(equation, owners, {})
-                probes.append(
-                    Probe(len(equations), place, root, chain, owners.axis, owners.tasks, axes)
-                )
+                axis = owners.axis or 0
+                probes.append(Probe(len(equations), place, root, chain, axis, owners.tasks, axes))
             equations.append(equation.replace(invars=operands))
 
         def order(source: tuple[Any, int | None]) -> int:
@@ -290,7 +293,7 @@ class _Run(NamedTuple):
     taps: Taps
     choices: list[Choice]
     results: dict[Any, jax.Array]
-    pull_back: Callable[[dict], tuple[dict, dict]]
+    pull_back: Callable[[list], tuple[dict, dict]]
     inputs: dict[Any, Any]
 
 
@@ -316,7 +319,7 @@ def _run(
     tapped = {number for number, choice in enumerate(choices) if choice.tapped}
     plan: Plan = prune(taps.plan, tapped)
     plan |= {probe.number: Recorder(~probe.number) for probe in part.probes}
-    zeros: dict[int, jax.Array] = {}  # Sites by their source, probes by ~number.
+    zeros: dict[int, Any] = {}  # Sites by their source, probes by ~number.
     for number in tapped:
         site = taps.sites[number]
         zero = jnp.zeros(site.output.shape, site.output.dtype)
@@ -408,7 +411,7 @@ def uses(found: Cut, num_params: int, form: str) -> list[list[Use]]:
             if number >= part.num_params:
                 result[var].append(Use(found.owners[var].all, None, None))
                 continue
-            tasks = part.tasks or (key,)
+            tasks = part.tasks or _only(key)
             result[var].append(Use(tasks, choices[number], taps.sites.get(number)))
         for probe in part.probes:
             if probe.source in result:
@@ -522,13 +525,13 @@ def _pulled(
                 blocks = BlocksLeaf(owners[var].axis or 0, owners[var].tasks, dense[number], m)
                 found.append((var, blocks))
             else:
-                found.append((var, Rows((key,), dense[number][None])))
+                found.append((var, Rows(_only(key), dense[number][None])))
             continue
         site = run.taps.sites[number]
         cotangents = tapped[number] if tasks else tapped[number][None]
         leaf = site.leaf(run.inputs[number], cotangents)
         keep = run.choices[number].form == "factored" or not tasks
-        found.append((var, Rows(tasks or (key,), leaf if keep else leaf.materialize())))
+        found.append((var, Rows(tasks or _only(key), leaf if keep else leaf.materialize())))
     for probe in part.probes:
         operands, cotangent = run.inputs[~probe.number], tapped[~probe.number]
         equation = part.program.eqns[probe.number]

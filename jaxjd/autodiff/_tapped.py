@@ -223,7 +223,7 @@ def _joined(uses: Sequence[parts.Use], m: int) -> tuple[Choice, Any]:
         return Choice("dense", False, "each loss has entries of its own"), None
     tasks = sorted({task for use in uses for task in use.tasks})
     alone = len(uses) > 1 and all(use.site is not None and len(use.tasks) == 1 for use in uses)
-    if alone and len(tasks) == len(uses):
+    if alone and len(tasks) == len(uses) and first.site is not None:
         sizes = first.site.sizes(len(tasks), per_task=True)
         keep = first.choice.reason == "asked for" or is_cheaper(sizes)
         form, reason = ("factored", first.choice.reason) if keep else ("dense", "cheaper")

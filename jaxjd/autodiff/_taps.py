@@ -522,15 +522,15 @@ def evaluate(
     consts: Sequence[Any],
     args: Sequence[Any],
     plan: Plan,
-    taps: Mapping[int, jax.Array],
-) -> tuple[list[Any], dict[int, jax.Array]]:
+    taps: Mapping[Any, jax.Array],
+) -> tuple[list[Any], dict[Any, Any]]:
     """Runs a jaxpr with taps added at the sites of a plan.
 
     Returns:
       The outputs, and the inputs of every tapped layer, by the number of its parameter.
     """
     values: dict[Any, Any] = {}
-    inputs: dict[int, jax.Array] = {}
+    inputs: dict[Any, Any] = {}
     alive = live(jaxpr)
 
     def read(var: Any) -> Any:
