@@ -255,10 +255,11 @@ def _operands(equation: Any, owners: Owners, made: Mapping[Any, Any]) -> _Parts:
     return None if rule is None else rule(equation, owners, owners.axis)
 
 
-def operand_axes(equation: Any, owners: Owners, made: Mapping[Any, Any]) -> tuple[int | None, ...]:
-    """The axis of each operand that goes with the owners' axis; None for one that has none."""
-    parts = _operands(equation, owners, made) or []
-    return tuple(None if part is None else part.axis for part in parts)
+def operand_parts(
+    equation: Any, owners: Owners, made: Mapping[Any, Any]
+) -> Sequence[Owners | None]:
+    """What each operand's use belongs to; None where every entry needs the operand whole."""
+    return _operands(equation, owners, made) or [None] * len(equation.invars)
 
 
 def _is_elementwise(jaxpr: Any) -> bool:

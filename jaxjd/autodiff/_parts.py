@@ -25,7 +25,7 @@ from jaxjd.autodiff._owners import (
     Variable,
     along,
     differentiable,
-    operand_axes,
+    operand_parts,
     owners_of,
     variables,
 )
@@ -71,6 +71,8 @@ class Probe(NamedTuple):
       axis: The axis of the equation's output.
       tasks: The losses that its entries belong to.
       axes: The axis of each operand that goes with it, None for one that each entry needs whole.
+      reached: The losses that the operand reaches; all of `tasks` if each entry needs it whole.
+      whole: Whether each entry needs it whole.
     """
 
     number: int
@@ -80,6 +82,8 @@ class Probe(NamedTuple):
     axis: int
     tasks: Tasks
     axes: tuple[int | None, ...]
+    reached: Tasks
+    whole: bool
 
 
 class Part(NamedTuple):
@@ -164,7 +168,8 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
             before.append(equation)
         else:
             numbers[rank].append(number)
-    builder = _Builder(program, wanted, params, views, owners, equations)
+    made = {var: equation for equation in program.eqns for var in equation.outvars}
+    builder = _Builder(program, wanted, params, views, owners, equations, made)
     parts = [builder.build(own, tasks) for own, tasks in zip(numbers, order, strict=True) if own]
     return Cut(program, parts, before, owners)
 
@@ -191,6 +196,7 @@ class _Builder(NamedTuple):
     views: dict[Any, Any]
     owners: dict[Any, Owners]
     equations: dict[int, Owners]
+    made: dict[Any, Any]
 
     def root(self, var: Any) -> tuple[Any, tuple[Any, ...]]:
         """What a variable is a view of, and the views from there."""
@@ -245,10 +251,23 @@ class _Builder(NamedTuple):
                     others[var] = None
                     operands.append(var)
                     shares.append((place, root, chain))
+            parts = operand_parts(equation, owners, self.made) if shares else ()
+            axes = tuple(None if part is None else part.axis for part in parts)
             for place, root, chain in shares:
-                axes = operand_axes(equation, owners, {})
-                axis = owners.axis or 0
-                probes.append(Probe(len(equations), place, root, chain, axis, owners.tasks, axes))
+                part = parts[place]
+                probes.append(
+                    Probe(
+                        number=len(equations),
+                        place=place,
+                        source=root,
+                        views=chain,
+                        axis=owners.axis or 0,
+                        tasks=owners.tasks,
+                        axes=axes,
+                        reached=owners.all if part is None else part.all,
+                        whole=part is None,
+                    )
+                )
             equations.append(equation.replace(invars=operands))
 
         def order(source: tuple[Any, int | None]) -> int:
@@ -421,9 +440,10 @@ def uses(found: Cut, num_params: int, form: str) -> list[list[Use]]:
 
 def _use_of(probe: Probe, part: Part, form: str) -> Use:
     equation = part.program.eqns[probe.number]
-    tasks = tuple(sorted(set(probe.tasks) - {-1}))
+    tasks = probe.reached
     size = len(probe.tasks) // len(tasks)
-    resized = _resized(equation, probe, size) if _blocks(probe.tasks) else None
+    apart = probe.whole and _blocks(probe.tasks)
+    resized = _resized(equation, probe, size) if apart else None
     site = None if resized is None else _site(probe, resized, probe.source.aval)
     own = "each loss has inputs of its own"
     if site is None:
@@ -551,7 +571,7 @@ def _probed(
     Each loss has the equation to itself for its own entries along the axis.
     """
     root = values[probe.source]
-    blocks = _blocks(probe.tasks)
+    blocks = _blocks(probe.tasks) if probe.whole else None
     equation_of = (
         None if blocks is None else _resized(equation, probe, len(probe.tasks) // len(blocks))
     )
@@ -567,7 +587,7 @@ def _probed(
         return jax.vjp(lambda root: through(root, rest, equation), root)[1](cotangent)[0]
 
     if blocks is None or equation_of is None:
-        tasks = tuple(sorted(set(probe.tasks) - {-1}))
+        tasks = probe.reached
         owned = jnp.asarray(probe.tasks)[None, :] == jnp.asarray(tasks)[:, None]
         others = [1 + axis for axis in range(cotangent.ndim) if axis != probe.axis]
         apart = jnp.where(jnp.expand_dims(owned, others), cotangent[None], 0)
