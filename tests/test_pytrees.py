@@ -168,6 +168,7 @@ def test_an_aggregator_equals_its_weights_on_the_flat_matrix(container):
 
 
 @containers
+@pytest.mark.filterwarnings("ignore:by_network puts all")  # Some are one network with parts.
 @pytest.mark.parametrize("strategy", ["together", "by_network", "by_layer", "by_tensor"])
 def test_labels_have_the_structure_of_the_parameters(container, strategy):
     params = CONTAINERS[container]()
