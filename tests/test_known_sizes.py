@@ -15,11 +15,7 @@ WITH_NUMBERS = [
         for name in ("upgrad", "dualproj", "aligned_mtl", "conflict_free", "sdmgrad")
     ),
     (weightings.constant, {"weights": THREE}),
-    (scalarizers.constant, {"weights": THREE}),
-    (scalarizers.cosmos, {"lambda_": 1.0, "weights": THREE}),
     (scalarizers.famo, {"min_losses": THREE}),
-    (scalarizers.pbi, {"theta": 1.0, "weights": THREE}),
-    (scalarizers.stch, {"mu": 1.0, "weights": THREE}),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Scalarizer, stateless_with
+from jaxjd.base import PyTree, Scalarizer, stateless
 from jaxjd.checks import check_range
 from jaxjd.scalarizers._tasks import keep_state, loss_vector, per_task, unit_vector
 
@@ -56,4 +56,4 @@ def cosmos(lambda_: float, weights: PyTree) -> Scalarizer:
         cosine = jnp.sum(unit_vector(preference) * unit_vector(vector))
         return jnp.sum(preference * vector) - jnp.asarray(lambda_, vector.dtype) * cosine
 
-    return Scalarizer(stateless_with(weights=weights), apply, keep_state)
+    return Scalarizer(stateless, apply, keep_state)

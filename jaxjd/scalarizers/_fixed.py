@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Scalarizer, stateless, stateless_with
+from jaxjd.base import PyTree, Scalarizer, stateless
 from jaxjd.scalarizers._tasks import keep_state, loss_vector, per_task
 
 
@@ -85,4 +85,4 @@ def constant(weights: PyTree) -> Scalarizer:
         vector = loss_vector(losses)
         return jnp.sum(weights.vector(losses, vector.dtype) * vector)
 
-    return Scalarizer(stateless_with(weights=weights), apply, keep_state)
+    return Scalarizer(stateless, apply, keep_state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Scalarizer, stateless_with
+from jaxjd.base import PyTree, Scalarizer, stateless
 from jaxjd.checks import check_range
 from jaxjd.scalarizers._tasks import (
     keep_state,
@@ -66,4 +66,4 @@ def pbi(theta: float, weights: PyTree, reference: PyTree | None = None) -> Scala
         on_ray = norm(away) <= rounding
         return along + jnp.asarray(theta, dtype) * norm(jnp.where(on_ray, 0, away))
 
-    return Scalarizer(stateless_with(weights=weights, reference=reference), apply, keep_state)
+    return Scalarizer(stateless, apply, keep_state)

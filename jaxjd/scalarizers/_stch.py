@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxjd.base import PyTree, Scalarizer, require_num_tasks, stateless_with, weight_dtype
+from jaxjd.base import PyTree, Scalarizer, require_num_tasks, stateless, weight_dtype
 from jaxjd.checks import check_length, check_range, check_state, check_static_int
 from jaxjd.scalarizers._tasks import keep_state, loss_vector, nan_if_negative, optional_per_task
 
@@ -111,7 +111,7 @@ def stch(
             weighted = preference.vector(losses, dtype) * vector
         return _smooth_maximum(weighted, jnp.asarray(mu, dtype))
 
-    return Scalarizer(stateless_with(weights=preference, reference=ideal), apply, keep_state)
+    return Scalarizer(stateless, apply, keep_state)
 
 
 def _with_warmup(mu: jax.typing.ArrayLike, warmup_steps: int) -> Scalarizer:
