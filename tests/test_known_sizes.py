@@ -14,7 +14,6 @@ WITH_NUMBERS = [
         (getattr(weightings, name), {"pref_vector": THREE})
         for name in ("upgrad", "dualproj", "aligned_mtl", "conflict_free", "sdmgrad")
     ),
-    (weightings.constant, {"weights": THREE}),
     (scalarizers.famo, {"min_losses": THREE}),
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless, stateless_with
+from jaxjd.base import PyTree, Weighting, stateless
 from jaxjd.checks import as_vector, check_length, check_square
 
 
@@ -88,4 +88,4 @@ def constant(weights: PyTree) -> Weighting:
         # Zeros made here belong to the mesh of the call, wherever `weights` was made.
         return jnp.zeros((m,), stat.dtype) + weights.astype(stat.dtype), state
 
-    return Weighting(stateless_with(weights=weights), update)
+    return Weighting(stateless, update)
