@@ -84,8 +84,9 @@ def graddrop(
       >>> print(update.shape, update[1:])  # the first entry is -4 or 6
       (3,) [2. 2.]
     """
-    check_entries("leak", leak, at_least=0, at_most=1)
+    given = leak
     leak = None if leak is None else as_vector("leak", leak)
+    check_entries("leak", given, at_least=0, at_most=1)
     if f is not None and not callable(f):
         raise ValueError(f"`f` must be a function from [0, 1] to [0, 1], got {f!r}.")
     fresh_key(key)  # Reports a bad key here, not at init.
