@@ -18,7 +18,6 @@ from jaxjd.autodiff._tasks import (
     spread,
     unit,
     vjp,
-    with_losses,
 )
 from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_function, check_weights
@@ -198,7 +197,7 @@ def _by_products(
         losses_of, chosen = arguments(fn, numbers, args, kwargs)
         for arg in chosen:
             check_differentiable(arg)
-        losses, pull, aux = vjp(with_losses(losses_of, has_aux), *chosen, has_aux=has_aux)
+        losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
         groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
         numbers_of_tasks = jnp.arange(count_losses(losses))

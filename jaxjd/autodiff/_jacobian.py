@@ -16,7 +16,6 @@ from jaxjd.autodiff._tasks import (
     check_differentiable,
     map_tasks,
     vjp,
-    with_losses,
 )
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import check_function, path_name, type_name
@@ -77,7 +76,7 @@ def value_and_jacobian(
             check_differentiable(arg)
 
         if form == "dense":
-            losses, pull_back, aux = vjp(with_losses(losses_of, has_aux), *chosen, has_aux=has_aux)
+            losses, pull_back, aux = vjp(losses_of, *chosen, has_aux=has_aux)
             jacobians = map_tasks(pull_back, losses, chunk_size)
         else:
             losses, aux, jacobians = tapped_jacobian(

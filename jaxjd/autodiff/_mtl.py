@@ -16,7 +16,6 @@ from jaxjd.autodiff._tasks import (
     map_tasks,
     vary_like,
     vjp,
-    with_losses,
 )
 from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_function, type_name
@@ -191,7 +190,7 @@ def _features(
             rest = [None if _is_differentiable(leaf) else (leaf,) for leaf in leaves]
             return differentiated, (rest, treedef, aux)
 
-        leaves, trunk_back, (rest, treedef, trunk_aux) = vjp(trunk, trunk_params, has_aux=True)
+        leaves, trunk_back, (rest, treedef, trunk_aux) = jax.vjp(trunk, trunk_params, has_aux=True)
 
         def join(differentiated: list[Any]) -> Any:
             left = iter(differentiated)
@@ -235,8 +234,7 @@ def _each(
         def loss_of(head_params: PyTree, features: list[Any], head: Callable = head) -> Any:
             return head(head_params, join(features), *args)
 
-        loss_fn = with_losses(loss_of, has_aux)
-        loss, back, aux = vjp(loss_fn, head_params, features, has_aux=has_aux)
+        loss, back, aux = vjp(loss_of, head_params, features, has_aux=has_aux)
         if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise ValueError(
                 f"Head {number} must return a floating point scalar loss, found {type_name(loss)}."
@@ -263,8 +261,7 @@ def _whole(
     def losses_of(params: PyTree, features: list[Any]) -> Any:
         return heads_fn(params, join(features), *args)
 
-    losses_fn = with_losses(losses_of, has_aux)
-    losses, back, aux = vjp(losses_fn, heads_params, features, has_aux=has_aux)
+    losses, back, aux = vjp(losses_of, heads_params, features, has_aux=has_aux)
     cotangents = map_tasks(lambda cotangent: back(cotangent)[1], losses, chunk_size)
     ones = jax.tree.map(lambda loss: vary_like(jnp.ones_like(loss), loss), losses)
     gradients = back(ones)[0]

@@ -189,10 +189,11 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 
 
 def vjp(fn: Callable[..., Any], *primals: Any, has_aux: bool) -> tuple[Any, Callable, Any]:
-    """``jax.vjp`` that always returns auxiliary output, None without."""
+    """``jax.vjp`` of losses: it always returns auxiliary output, None without."""
+    losses_fn = with_losses(fn, has_aux)
     if has_aux:
-        return jax.vjp(lambda *args: check_pair(fn(*args)), *primals, has_aux=True)
-    return *jax.vjp(fn, *primals), None
+        return jax.vjp(losses_fn, *primals, has_aux=True)
+    return *jax.vjp(losses_fn, *primals), None
 
 
 def with_losses(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from jaxjd.diagnostics._change import predicted_change_by
 from jaxjd.diagnostics._conflict import conflict_rate, cosine_matrix
 from jaxjd.diagnostics._rank import effective_rank
 from jaxjd.diagnostics._stationarity import stationarity_gaps
-from jaxjd.linalg.algebra import count_rows, gramian, plain_leaves, without_plain
+from jaxjd.linalg.algebra import count_rows, gramian, plain_leaves, without
 from jaxjd.linalg.scaling import unit_diagonal
 
 
@@ -132,7 +132,7 @@ def monitored(
         if m is None:
             return direction, state._replace(inner_state=inner_state), None
         residual = largest_residual(certificate, weight_dtype(updates))
-        rows, moved = (without_plain(tree, plain) for tree in (updates, direction))
+        rows, moved = (without(tree, plain) for tree in (updates, direction))
         found = (*_diagnose(rows, moved, learning_rate), residual)
         cast = jax.tree.map(lambda new, old: new.astype(jnp.asarray(old).dtype), found, state[1:])
         return direction, MonitoredState(inner_state, *cast), certificate

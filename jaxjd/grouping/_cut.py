@@ -6,10 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
-import optax
 
 from jaxjd.base import PyTree
 from jaxjd.checks import leaf_names
+from jaxjd.linalg.algebra import without
 
 # Extra arguments that are pairs of Jacobians. Others are never cut, whatever their structure is:
 # losses, say, may well be named as the parameters are.
@@ -18,12 +18,7 @@ PAIRS = ("cross_jacobians",)
 
 def cut(tree: PyTree, found: list[str], label: str) -> PyTree:
     """Replaces the leaves of other groups by nodes without leaves."""
-    leaves, treedef = jax.tree.flatten(tree)
-    kept = [
-        leaf if name == label else optax.MaskedNode()
-        for leaf, name in zip(leaves, found, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, kept)
+    return without(tree, [name != label for name in found])
 
 
 def cut_extra_args(

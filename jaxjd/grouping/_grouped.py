@@ -21,9 +21,8 @@ from jaxjd.base import (
 )
 from jaxjd.checks import check_state
 from jaxjd.grouping._cut import cut, cut_extra_args
-from jaxjd.grouping._partition import skeleton
 from jaxjd.labels import resolve
-from jaxjd.linalg.algebra import combine, count_tasks
+from jaxjd.linalg.algebra import combine, count_tasks, param_shapes
 
 
 class GroupedState(NamedTuple):
@@ -102,7 +101,7 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
             return updates, state, None
         check_num_tasks(m, num_tasks)
         check_state("`grouped`", state, GroupedState)
-        found = resolve(labels, skeleton(updates) if params is None else params)
+        found = resolve(labels, param_shapes(updates) if params is None else params)
         groups = sorted(set(found))
         for leaf in jax.tree.leaves(state):
             if leaf.shape[0] != len(groups):

@@ -13,6 +13,7 @@ from jaxjd.base import Aggregator, Certified, Jacobian, PyTree, solve
 from jaxjd.checks import check_state, path_name, type_name
 from jaxjd.grouping._cut import cut, cut_extra_args
 from jaxjd.labels import resolve
+from jaxjd.linalg.algebra import param_shapes
 
 
 class PartitionState(NamedTuple):
@@ -105,7 +106,7 @@ def partition(
                 f"for {sorted(transforms)}."
             )
         leaves, treedef = jax.tree.flatten(updates)
-        like = skeleton(updates) if params is None else params
+        like = param_shapes(updates) if params is None else params
         found = _resolve(labels, like, transforms)
         if len(found) != len(leaves):
             raise ValueError(
@@ -131,11 +132,6 @@ def partition(
         return jax.tree.unflatten(treedef, results), PartitionState(inner_states), certificates
 
     return Aggregator(init, Certified(update))  # type: ignore[arg-type]
-
-
-def skeleton(jacobian: Jacobian) -> PyTree:
-    """Returns the shapes of the parameters that a Jacobian belongs to."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), jacobian)
 
 
 def _resolve(labels: Any, params: PyTree, transforms: Mapping[str, Any]) -> list[str]:

@@ -105,17 +105,22 @@ def plain_leaves(updates: PyTree, params: PyTree | None) -> list[bool]:
     return [False] * len(leaves) if all(plain) else plain
 
 
-def without_plain(tree: PyTree, plain: Sequence[bool]) -> PyTree:
-    """Replaces what belongs to plain gradients by nodes without leaves."""
+def param_shapes(jacobian: Jacobian) -> PyTree:
+    """Returns the shapes of the parameters that a Jacobian belongs to."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), jacobian)
+
+
+def without(tree: PyTree, hidden: Sequence[bool]) -> PyTree:
+    """Replaces some leaves, told in tree order, by nodes without leaves."""
     leaves, treedef = jax.tree.flatten(tree)
-    kept = [optax.MaskedNode() if hole else leaf for leaf, hole in zip(leaves, plain, strict=True)]
+    kept = [optax.MaskedNode() if hide else leaf for leaf, hide in zip(leaves, hidden, strict=True)]
     return jax.tree.unflatten(treedef, kept)
 
 
 def count_rows(updates: PyTree, params: PyTree | None, plain: Sequence[bool]) -> int | None:
     """As `count_tasks`, of the leaves that are not plain gradients."""
     if any(plain):
-        updates, params = without_plain(updates, plain), without_plain(params, plain)
+        updates, params = without(updates, plain), without(params, plain)
     return count_tasks(updates, params)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxjd.base import Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_length, check_static_int
-from jaxjd.linalg.algebra import count_rows, plain_leaves
+from jaxjd.linalg.algebra import count_rows, param_shapes, plain_leaves
 from jaxjd.linalg.sharded import mark_like
 from jaxjd.transforms._arguments import check_transform
 from jaxjd.weightings._losses import read_losses
@@ -111,7 +111,7 @@ def multi_steps(
     def update(
         updates: Jacobian, state: MultiStepsState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, MultiStepsState]:
-        like = _shapes(state.jacobian) if params is None else params
+        like = param_shapes(state.jacobian) if params is None else params
         m = count_rows(updates, like, plain_leaves(updates, like))
         if m is None:
             return updates, state
@@ -164,13 +164,8 @@ def multi_steps(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _shapes(total: Jacobian) -> PyTree:
-    """The shapes of the parameters that the sums belong to."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), total)
-
-
 def _add(new: Jacobian, total: Jacobian) -> Jacobian:
-    plain = plain_leaves(new, _shapes(total))
+    plain = plain_leaves(new, param_shapes(total))
     if any(plain):
         leaves, treedef = jax.tree.flatten(new)
         sizes = [leaf.shape[0] for leaf in jax.tree.leaves(total)]
@@ -187,7 +182,7 @@ def _mean(total: Jacobian, count: jax.Array, like: Jacobian) -> Jacobian:
     sums = [
         leaf[0] if is_plain else leaf
         for leaf, is_plain in zip(
-            jax.tree.leaves(total), plain_leaves(like, _shapes(total)), strict=True
+            jax.tree.leaves(total), plain_leaves(like, param_shapes(total)), strict=True
         )
     ]
     leaves = zip(sums, jax.tree.leaves(like), strict=True)
