@@ -4,7 +4,8 @@ r"""Exact convex quadratic programs over the nonnegative orthant, batched over t
 
 is the problem behind the projection onto the dual cone, the minimum-norm point, CAGrad and PCD. Its
 optimality conditions are ``x >= 0``, ``y = C x + q >= 0`` and ``x_i y_i = 0``, so a solution is
-known once its support is. Two stages find it:
+known once its support is. With few variables `jaxjd.linalg.supports` finds it. With many there are
+two stages:
 
 * `jaxjd.linalg.gradient_projection` needs matrix products only, and is done after some ten steps
   where `C` is well-conditioned, as for gradients of many parameters it mostly is;
@@ -25,7 +26,9 @@ from jax import lax
 from jaxjd.linalg.gradient_projection import conjugate_gradients, descend
 from jaxjd.linalg.pivoting import search, solve_on_support, support_solver
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.supports import solve_by_support
 
+_FEW = 16  # Variables.
 _DESCENT_STEPS = 60
 _POLISHING_STEPS = 30
 _LARGE = 2.0  # Relative to the linear term.
@@ -100,6 +103,17 @@ def solve_from(cosines: jax.Array, linear: jax.Array, start: jax.Array) -> jax.A
     linear = jnp.ldexp(linear, -exponent)
     # From far away nothing would be found: rounding is relative to the point.
     start = jnp.ldexp(start, -exponent)
+    if cosines.shape[0] <= _FEW:
+        found, solve = solve_by_support(cosines, linear, start)
+        x = _polish(cosines, linear, found, solve)
+    else:
+        x = _solve_many(cosines, linear, start)
+    # NaN never compares, so it has to be put back.
+    finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
+    return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
+
+
+def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array) -> jax.Array:
     near = jnp.max(start, axis=1, keepdims=True) <= 1
     found, easy = approximate(cosines, linear, jnp.where(near, start, jnp.maximum(-linear, 0)))
     support = found > 0
@@ -119,9 +133,7 @@ def solve_from(cosines: jax.Array, linear: jax.Array, start: jax.Array) -> jax.A
     # The loop starts from what was found: XLA would take out of it what does not depend on `x`.
     x = jnp.where(easy[:, None], x, found)
     x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, easy))
-    # NaN never compares, so it has to be put back.
-    finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
-    return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
+    return x
 
 
 def _polish(
@@ -139,15 +151,12 @@ def _polish(
     # The two corrections are small, so their relative errors are harmless.
     residual = -linear - matmul(x, cosines)
     solution = x + solve(residual)
-    candidates = jnp.stack([x, solution, solution + solve(jnp.broadcast_to(margin, x.shape))])
-    changes = jnp.linalg.norm(candidates - x[None], axis=2, keepdims=True)
+    nudged = solution + solve(jnp.broadcast_to(margin, x.shape))
+    candidates = jnp.stack([solution, nudged])
     gradients = matmul(candidates, cosines) + linear[None]
-    worst = jnp.max(-gradients, axis=2, keepdims=True)
-    valid = jnp.all(candidates >= 0, axis=2, keepdims=True)
+    limit = jnp.maximum(jnp.max(residual, axis=1, keepdims=True), margin)
     # A step that is large or leaves a worse conflict is not rounding.
-    improved = (
-        valid & (worst <= jnp.maximum(worst[:1], margin[None])) & (changes <= 0.1 * scale[None])
-    )
-    nudge = jnp.linalg.norm(candidates[2] - candidates[1], axis=1, keepdims=True)
-    x = jnp.where(improved[1], candidates[1], x)
-    return jnp.where(improved[2] & (nudge <= 1e-2 * scale), candidates[2], x)
+    steps = jnp.stack([solution - x, 10 * (nudged - solution)])
+    excess = jnp.maximum(-gradients - limit[None], jnp.abs(steps) - 0.1 * scale[None])
+    good = jnp.all((candidates >= 0) & (excess <= 0), axis=2, keepdims=True)
+    return jnp.where(good[1], nudged, jnp.where(good[0], solution, x))
