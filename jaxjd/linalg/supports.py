@@ -131,7 +131,6 @@ def _active_set(
         factor = factorize(support)
         solve = solver(factor, support)
         solution = solve(-linear)
-        solution = solution + solve(-linear - matmul(solution, ridged))
         gradient = matmul(solution, ridged) + linear
         # Towards the solution on the support, up to the first bound; drop what hits it.
         blocked = support & (solution <= 0)
