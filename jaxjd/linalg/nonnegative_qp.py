@@ -4,7 +4,8 @@ r"""Exact convex quadratic programs over the nonnegative orthant, batched over t
 
 is the problem behind the projection onto the dual cone, the minimum-norm point, CAGrad and PCD. Its
 optimality conditions are ``x >= 0``, ``y = C x + q >= 0`` and ``x_i y_i = 0``, so a solution is
-known once its support is. Two stages find it:
+known once its support is. With few variables `jaxjd.linalg.supports` finds it. With many there are
+two stages:
 
 * `jaxjd.linalg.gradient_projection` needs matrix products only, and is done after some ten steps
   where `C` is well-conditioned, as for gradients of many parameters it mostly is;
@@ -16,6 +17,7 @@ the device, and all problems of a batch share each step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,14 +27,16 @@ from jax import lax
 from jaxjd.linalg.gradient_projection import conjugate_gradients, descend
 from jaxjd.linalg.pivoting import search, solve_on_support, support_solver
 from jaxjd.linalg.precision import matmul
+from jaxjd.linalg.supports import solve_by_support
 
+_FEW = 8  # Variables. With more, and many problems at once, factorizations cost more than steps.
 _DESCENT_STEPS = 60
 _POLISHING_STEPS = 30
 _LARGE = 2.0  # Relative to the linear term.
 _CHUNK_ELEMENTS = 1 << 25  # Elements of the stacked (k, m, m) systems that may exist at once.
 
 
-def nonnegative_qp(cosines: jax.Array, linear: jax.Array) -> jax.Array:
+def nonnegative_qp(cosines: jax.Array, linear: jax.Array, *, inside: bool = True) -> jax.Array:
     """Solves a batch of quadratic programs over the nonnegative orthant.
 
     Args:
@@ -40,6 +44,7 @@ def nonnegative_qp(cosines: jax.Array, linear: jax.Array) -> jax.Array:
         singular; then `linear` should lie in the range of `C` for a bounded problem. An unbounded
         one gives a large finite `x`, close to a multiple of a direction of recession.
       linear: One linear term per row, shape ``(k, m)``.
+      inside: Whether to aim a few ulps to the inside of ``y >= 0``, as where `y` is a conflict.
 
     Returns:
       The solutions, shape ``(k, m)``. Differentiable in both modes with respect to both arguments
@@ -48,21 +53,21 @@ def nonnegative_qp(cosines: jax.Array, linear: jax.Array) -> jax.Array:
     k, m = linear.shape
     rows = max(1, _CHUNK_ELEMENTS // (m * m))
     if k <= rows:
-        return _solve(cosines, linear)
-    return lax.map(lambda q: _solve(cosines, q[None])[0], linear, batch_size=rows)
+        return _solve(inside, cosines, linear)
+    return lax.map(lambda q: _solve(inside, cosines, q[None])[0], linear, batch_size=rows)
 
 
-@jax.custom_jvp
-def _solve(cosines: jax.Array, linear: jax.Array) -> jax.Array:
-    return solve_from(cosines, linear, jnp.maximum(-linear, 0))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solve(inside: bool, cosines: jax.Array, linear: jax.Array) -> jax.Array:
+    return solve_from(cosines, linear, jnp.maximum(-linear, 0), inside=inside)
 
 
 @_solve.defjvp
-def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _solve_jvp(inside: bool, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     # On the support S: C_SS x_S = -q_S, so C_SS dx_S = -(dq + dC x)_S; zero elsewhere.
     cosines, linear = primals
     cosines_dot, linear_dot = tangents
-    x = _solve(cosines, linear)
+    x = _solve(inside, cosines, linear)
     return x, solve_on_support(cosines, x > 0, -(linear_dot + matmul(x, cosines_dot)))
 
 
@@ -83,14 +88,18 @@ def approximate(
     return x, easy
 
 
-@jax.jit  # So that calls outside of jit do not compile the loops anew.
-def solve_from(cosines: jax.Array, linear: jax.Array, start: jax.Array) -> jax.Array:
+# Under jit, so that calls outside of jit do not compile the loops anew.
+@functools.partial(jax.jit, static_argnames="inside")
+def solve_from(
+    cosines: jax.Array, linear: jax.Array, start: jax.Array, *, inside: bool = True
+) -> jax.Array:
     """`nonnegative_qp` from a guess, for solvers that call it in a loop; without derivatives.
 
     Args:
       cosines: `C`, shape ``(m, m)``.
       linear: One linear term per row, shape ``(k, m)``.
       start: A guess, non-negative, shape ``(k, m)``.
+      inside: As there.
 
     Returns:
       The solutions, shape ``(k, m)``.
@@ -100,6 +109,17 @@ def solve_from(cosines: jax.Array, linear: jax.Array, start: jax.Array) -> jax.A
     linear = jnp.ldexp(linear, -exponent)
     # From far away nothing would be found: rounding is relative to the point.
     start = jnp.ldexp(start, -exponent)
+    if cosines.shape[0] <= _FEW:
+        found, solve = solve_by_support(cosines, linear, start)
+        x = _polish(cosines, linear, found, solve, inside)
+    else:
+        x = _solve_many(cosines, linear, start, inside)
+    # NaN never compares, so it has to be put back.
+    finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
+    return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
+
+
+def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array, inside: bool) -> jax.Array:
     near = jnp.max(start, axis=1, keepdims=True) <= 1
     found, easy = approximate(cosines, linear, jnp.where(near, start, jnp.maximum(-linear, 0)))
     support = found > 0
@@ -108,24 +128,27 @@ def solve_from(cosines: jax.Array, linear: jax.Array, start: jax.Array) -> jax.A
         linear,
         found,
         lambda b: conjugate_gradients(cosines, b, support, _POLISHING_STEPS),
+        inside,
     )
 
     def factorize(carry: tuple) -> tuple:
         x, easy = carry
         solve = support_solver(cosines, x > 0, refinements=3)
-        hard = _polish(cosines, linear, x, solve)
+        hard = _polish(cosines, linear, x, solve, inside)
         return jnp.where(easy[:, None], x, hard), jnp.ones_like(easy)
 
     # The loop starts from what was found: XLA would take out of it what does not depend on `x`.
     x = jnp.where(easy[:, None], x, found)
     x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, easy))
-    # NaN never compares, so it has to be put back.
-    finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
-    return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
+    return x
 
 
 def _polish(
-    cosines: jax.Array, linear: jax.Array, x: jax.Array, solve: Callable[[jax.Array], jax.Array]
+    cosines: jax.Array,
+    linear: jax.Array,
+    x: jax.Array,
+    solve: Callable[[jax.Array], jax.Array],
+    inside: bool,
 ) -> jax.Array:
     """Solves once more on the known support by `solve`, as exactly as the dtype allows.
 
@@ -138,16 +161,18 @@ def _polish(
     margin = 4 * jnp.finfo(x.dtype).eps * scale
     # The two corrections are small, so their relative errors are harmless.
     residual = -linear - matmul(x, cosines)
-    solution = x + solve(residual)
-    candidates = jnp.stack([x, solution, solution + solve(jnp.broadcast_to(margin, x.shape))])
-    changes = jnp.linalg.norm(candidates - x[None], axis=2, keepdims=True)
-    gradients = matmul(candidates, cosines) + linear[None]
-    worst = jnp.max(-gradients, axis=2, keepdims=True)
-    valid = jnp.all(candidates >= 0, axis=2, keepdims=True)
+    candidates = [x + solve(residual)]
+    steps = [candidates[0] - x]
+    if inside:
+        nudge = solve(jnp.broadcast_to(margin, x.shape))
+        candidates.append(candidates[0] + nudge)
+        steps.append(10 * nudge)
+    stacked = jnp.stack(candidates)
+    gradients = matmul(stacked, cosines) + linear[None]
+    limit = jnp.maximum(jnp.max(residual, axis=1, keepdims=True), margin)
     # A step that is large or leaves a worse conflict is not rounding.
-    improved = (
-        valid & (worst <= jnp.maximum(worst[:1], margin[None])) & (changes <= 0.1 * scale[None])
-    )
-    nudge = jnp.linalg.norm(candidates[2] - candidates[1], axis=1, keepdims=True)
-    x = jnp.where(improved[1], candidates[1], x)
-    return jnp.where(improved[2] & (nudge <= 1e-2 * scale), candidates[2], x)
+    excess = jnp.maximum(-gradients - limit[None], jnp.abs(jnp.stack(steps)) - 0.1 * scale[None])
+    good = jnp.all((stacked >= 0) & (excess <= 0), axis=2, keepdims=True)
+    for number, candidate in enumerate(candidates):
+        x = jnp.where(good[number], candidate, x)
+    return x

@@ -128,37 +128,53 @@ def _search(
         top = matmul(x, improvement) + radius * length(x)
         return jnp.where(push > 0, top / jnp.where(push > 0, push, 1), jnp.inf)
 
-    # The projection of g_0 onto the dual cone, and the direction of the hull's smallest point. The
-    # hull holds zero, as far as the Gramian can tell, where that is no longer than rounding.
-    linear = jnp.stack([improvement, -nonzero.astype(dtype)])
-    projected, smallest = solve_from(cosines, linear, jnp.maximum(-linear, 0))
-    stationary = length(smallest) <= jnp.sqrt(_ROUNDING * eps) * jnp.sum(smallest)
-    stationary = stationary | ~jnp.all(nonzero)  # A zero row is improved by nothing.
-    within = length(projected) <= radius
+    # No row alone permits more than its own improvement and the radius.
+    tops = jnp.where(
+        nonzero, (improvement + radius) / jnp.where(nonzero, inverse_lengths, 1), jnp.inf
+    )
 
-    def unfinished(carry: tuple) -> jax.Array:
-        count, *_, done = carry
-        return ~done & (count < _MAX_STEPS)
+    def begin(projected: jax.Array, smallest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The hull holds zero, as far as the Gramian can tell, where its smallest point is no longer
+        # than rounding. A zero row is improved by nothing.
+        stationary = length(smallest) <= jnp.sqrt(_ROUNDING * eps) * jnp.sum(smallest)
+        within = length(projected) <= radius
+        start = jnp.where(within, smallest, projected)
+        mu = jnp.minimum(jnp.min(tops), bound(start))
+        return mu, (stationary | ~jnp.all(nonzero)) & within
 
-    def newton(carry: tuple) -> tuple:
-        count, mu, x, _ = carry
-        linear = improvement - mu * inverse_lengths
-        x = solve_from(cosines, linear[None, :], x[None, :])[0]
+    def newton(mu: jax.Array, x: jax.Array, linear: jax.Array) -> tuple[jax.Array, jax.Array]:
         # x^T C x = x^T (C x + q) - q^T x, where complementarity makes the first term small.
         slack = matmul(x, cosines) + linear
         distance = jnp.sqrt(jnp.maximum(matmul(x, slack) - matmul(linear, x), 0))
         push = matmul(inverse_lengths, x)
         better = mu - distance * (distance - radius) / jnp.where(push > 0, push, 1)
         done = (distance <= radius * (1 + 4 * eps)) | ~(better < mu)
-        return count + 1, jnp.where(done, mu, better), x, done
+        return jnp.where(done, mu, better), done
 
-    # No row alone permits more than its own improvement and the radius.
-    tops = jnp.where(
-        nonzero, (improvement + radius) / jnp.where(nonzero, inverse_lengths, 1), jnp.inf
-    )
-    start = jnp.where(within, smallest, projected)
-    mu = jnp.minimum(jnp.min(tops), bound(start))
-    at_zero = stationary & within
-    _, mu, x, _ = lax.while_loop(unfinished, newton, (0, mu, projected, at_zero))
+    def unfinished(carry: tuple) -> jax.Array:
+        count, *_, done = carry
+        return ~done & (count <= _MAX_STEPS)
+
+    # The first turn finds the projection of g_0 onto the dual cone, and the direction of the
+    # hull's smallest point; the later ones are Newton's. All in one loop: the solver in it is most
+    # of what there is to compile.
+    def turn(carry: tuple) -> tuple:
+        count, mu, x, at_zero, _ = carry
+        first = count == 0
+        linear = jnp.stack([improvement - mu * inverse_lengths, -nonzero.astype(dtype)])
+        x = solve_from(cosines, linear, jnp.where(first, jnp.maximum(-linear, 0), x))
+        start, at_zero_now = begin(x[0], x[1])
+        better, done = newton(mu, x[0], linear[0])
+        return (
+            count + 1,
+            jnp.where(first, start, better),
+            x,
+            jnp.where(first, at_zero_now, at_zero),
+            jnp.where(first, at_zero_now, done),
+        )
+
+    zero, false = jnp.zeros((), dtype), jnp.zeros((), bool)
+    none = jnp.zeros((2, improvement.shape[0]), dtype)
+    _, mu, (x, _), at_zero, _ = lax.while_loop(unfinished, turn, (0, zero, none, false, false))
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
     return jnp.where(finite, x, jnp.nan), jnp.where(at_zero, 0, mu), ~at_zero
