@@ -3,20 +3,37 @@
 import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
+import mmap
 import os
 import pathlib
 import platform
 
 import pytest
 
+
+def _known(flag):
+    """Whether this XLA has a flag. It ends the process at any other."""
+    folder = pathlib.Path(importlib.util.find_spec("jaxlib").origin).parent
+    for path in folder.glob("*jax_common.*"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+            if code.find(flag.encode() + b"\0") >= 0:
+                return True
+    return False
+
+
 _flags = os.environ.get("XLA_FLAGS", "")
 # Before JAX starts: one device per process otherwise, and threads that fight over two cores.
 _flags += " --xla_force_host_platform_device_count=8"
 if "xla_backend_optimization_level" not in _flags:
-    # Compiling is most of the suite's time, and this halves it. For the code that users run, set
-    # XLA_FLAGS=--xla_backend_optimization_level=3.
+    # Compiling is most of the suite's time, and this takes most of it. For the code that users
+    # run, set XLA_FLAGS=--xla_backend_optimization_level=3.
     _flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Code in one part, and by the emitters that are quicker; a newer XLA does not have them.
+    _flags += " --xla_cpu_parallel_codegen_split_count=1"
+    if _known("xla_cpu_use_fusion_emitters"):
+        _flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = _flags
 
 CACHE = pathlib.Path(__file__).parent / ".jax_cache"
@@ -82,7 +99,14 @@ def own_metadata():
 
 
 # Pages whose examples take longest to compile.
-SLOW_PAGES = {"diagnostics.md", "distributed.md", "engines.md", "frameworks.md", "pareto-fronts.md"}
+SLOW_PAGES = {
+    "chains.md",
+    "diagnostics.md",
+    "distributed.md",
+    "engines.md",
+    "frameworks.md",
+    "pareto-fronts.md",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

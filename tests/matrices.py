@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+
+def gaussian(seed: int, *shape: int) -> np.ndarray:
+    """Normal numbers in float32. Each shape that JAX draws is a program to compile."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 J_BASE = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 G_BASE = J_BASE @ J_BASE.T
 

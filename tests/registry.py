@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import jaxjd
 from jaxjd import weightings
+from tests.matrices import gaussian
 
 M = 3
 """The number of tasks in the conformance battery."""
@@ -337,13 +339,13 @@ AGGREGATORS = NAMED + UNWEIGHTED + VARIANTS + WRAPPED + GROUPINGS
 
 def example_params(dtype: Any = jnp.float32) -> Any:
     """Parameters of two layers; a tensor, vectors and a scalar."""
-    keys = jax.random.split(jax.random.key(1), 3)
+    draws = [
+        jnp.asarray(gaussian(seed, *shape), dtype)
+        for seed, shape in enumerate(((2, 3), (3,), (3,)))
+    ]
     return {
-        "first": {
-            "kernel": jax.random.normal(keys[0], (2, 3), dtype),
-            "bias": jax.random.normal(keys[1], (3,), dtype),
-        },
-        "second": {"kernel": jax.random.normal(keys[2], (3,), dtype), "scale": jnp.ones((), dtype)},
+        "first": {"kernel": draws[0], "bias": draws[1]},
+        "second": {"kernel": draws[2], "scale": jnp.asarray(np.ones(()), dtype)},
     }
 
 

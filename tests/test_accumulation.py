@@ -81,7 +81,11 @@ def narrow_state(state):
     ]
 
 
-@pytest.fixture(params=NARROW, ids=lambda dtype: jnp.dtype(dtype).name)
+# What is read are the equations, and those are alike.
+@pytest.fixture(
+    params=[NARROW[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in NARROW[1:])],
+    ids=lambda dtype: jnp.dtype(dtype).name,
+)
 def dtype(request):
     return request.param
 

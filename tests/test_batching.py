@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxjd import weightings as W
-from tests.registry import NAMED, WEIGHTINGS, M, Method, by_name
+from tests.registry import NAMED, WEIGHTINGS, M, Method, by_name, slow_but
 
 COUNT = 4
 PARAMS = {"w": jnp.zeros(4), "b": jnp.zeros(())}
@@ -84,19 +84,20 @@ def assert_a_loop(method: Method, found, expected: list) -> None:
             np.testing.assert_allclose(a, b, rtol=0, atol=BOUND * largest)
 
 
-NAMED_QUICK = [
-    pytest.param(method, id=method.name, marks=() if method in NAMED else pytest.mark.slow)
-    for method in WEIGHTINGS
-]
-"""By default the methods by name; what is made of them is slow."""
+SOLVED = {"cagrad", "dualproj", "fairgrad", "gradvac", "imtl_g", "pcd"}
+NAMED_QUICK = slow_but({method.name for method in NAMED} - SOLVED, WEIGHTINGS)
+"""By default the methods by name; what is made of them is slow, and of the solvers all but those
+of UPGrad, MGDA, ConFIG, Nash-MTL and Aligned-MTL."""
 
 
-@pytest.mark.parametrize("method", NAMED_QUICK)
+@pytest.mark.parametrize("method", NAMED_QUICK, ids=by_name)
 def test_over_jacobians_and_states(method):
     rows = [item(jacobians(), k) for k in range(COUNT)]
     # Every state comes from another Jacobian than the one of the call.
     states = [state_after(method, rows[k - 1]) for k in range(COUNT)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    stacked = jax.jit(lambda states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))(
+        states
+    )
     batched = jax.jit(jax.vmap(functools.partial(call, method), in_axes=(0, 0, None)))
     found = batched(jacobians(), stacked, {})
     expected = [

@@ -110,7 +110,7 @@ PROGRAMS = tuple(name for name in SOLVERS if name not in EQUATIONS)
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    cases(PROGRAMS, {"float32": ("upgrad", "mgda", "cagrad(2)", "pcd"), "float64": ("mgda",)}),
+    cases(PROGRAMS, {"float32": ("upgrad", "mgda", "cagrad(2)"), "float64": ()}),
 )
 def test_programs_are_solved_to_rounding(name, dtype):
     _, weights, residual = answers(name, 4, dtype)
@@ -230,8 +230,11 @@ def certificate_of(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["dual cone", "min norm", "simplex", "nash_mtl", "fairgrad(2)", "conflict_free", "imtl_g"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("cagrad(2)", "pcd")],
+    ["dual cone", "min norm", "simplex", "nash_mtl", "imtl_g"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("cagrad(2)", "conflict_free", "fairgrad(2)", "pcd")
+    ],
 )
 def test_wrong_answers_have_a_large_residual(name):
     with jax.enable_x64():
@@ -244,20 +247,22 @@ def test_wrong_answers_have_a_large_residual(name):
             assert jnp.max(found) > 5e-3, (kind, found)
 
 
-def test_weights_that_cancel_are_no_solution_of_cagrad():
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+def test_weights_that_cancel_are_no_solution_of_cagrad(dtype):
     """Large weights along two opposite rows, as a solver that runs off returns them."""
     J = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.3, 1.0, 0.0]])
-    for dtype in ("float32", "float64"):
-        with jax.enable_x64(dtype == "float64"):
-            G = jnp.asarray(J @ J.T, dtype)
-            residual = jax.jit(lambda w: residuals.worst_case_residual(w, G, 2.0))  # noqa: B023
-            # The update is [0, 0.25, 0]: the part of the mean along the opposite rows is taken out.
-            right = jnp.asarray([0.25, 0.325, 0.25, 0.25], dtype)
-            assert residual(right) < 32 * np.finfo(dtype).eps
-            off = jnp.asarray([3.5e5, 3.5e5, 0.25, 0.448], dtype).at[0].add(-0.1564)
-            assert residual(off) > 0.05
-            assert residual(right + jnp.asarray([0.02, 0, 0, 0], dtype)) > 0.01
-            assert residual(right.at[2].set(0)) < 1  # A zero row has no part in the update.
+    with jax.enable_x64(dtype == "float64"):
+        G = np.asarray(J @ J.T, dtype)
+        residual = jax.jit(lambda w: residuals.worst_case_residual(w, G, 2.0))
+        # The update is [0, 0.25, 0]: the part of the mean along the opposite rows is taken out.
+        right = np.asarray([0.25, 0.325, 0.25, 0.25], dtype)
+        assert residual(right) < 32 * np.finfo(dtype).eps
+        off = np.asarray([3.5e5, 3.5e5, 0.25, 0.448], dtype)
+        off[0] -= np.asarray(0.1564, dtype)
+        assert residual(off) > 0.05
+        assert residual(right + np.asarray([0.02, 0, 0, 0], dtype)) > 0.01
+        # A zero row has no part in the update.
+        assert residual(np.where(np.arange(4) == 2, 0, right).astype(dtype)) < 1
 
 
 def test_rows_of_all_lengths_count_alike():
@@ -419,6 +424,7 @@ def test_wrappers_pass_the_certificate_on():
     assert found(optax.chain(one, optax.identity())) == -1  # Not jaxjd's to know.
 
 
+@pytest.mark.slow
 def test_monitored_keeps_the_residual():
     partition = jaxjd.partition(
         {"a": jaxjd.mean(), "b": diagnostics.monitored(jaxjd.weighted(UNSOLVED), num_tasks=2)},

@@ -32,28 +32,35 @@ from tests.registry import (
 
 ALL = AGGREGATORS + LINKS
 all_aggregators = pytest.mark.parametrize("method", ALL, ids=by_name)
-# Long to compile. Of the solvers by default those of UPGrad, MGDA, Nash-MTL and STCH.
-LONG = {
-    "aligned_mtl",
-    "cagrad",
-    "cagrad(rescale)",
-    "cr_mogm(excess_mtl)",
-    "cr_mogm(upgrad)",
-    "dualproj",
-    "fairgrad",
-    "flattening(gradvac)",
-    "flattening(upgrad)",
-    "grouped(gradvac)",
-    "grouped(upgrad)",
-    "mgda(loss+)",
-    "nash_mtl(every 2)",
-    "partition(upgrad, excess_mtl)",
-    "pcd",
-    "stch(warmup)",
+# One of each solver and of each kind of state; all methods are traced.
+STEPPED = {
+    "conflict_free",
+    "constant",
+    "cr_mogm(mean, schedule)",
+    "cr_mogm(sdmgrad)",
+    "db_mtl",
+    "excess_mtl",
+    "graddrop",
+    "gradnorm",
+    "grouped(modo)",
+    "krum",
+    "mean",
+    "mgda",
+    "moco",
+    "modo",
+    "momentum_conflict_free",
+    "multi_steps(excess_mtl)",
+    "nash_mtl",
+    "pcgrad",
+    "per_task(ema)",
+    "random",
+    "sdmgrad",
+    "skip_if_not_finite(gradvac)",
+    "stch",
+    "trimmed_mean",
+    "upgrad",
 }
-stepped = pytest.mark.parametrize(
-    "method", slow_but({method.name for method in ALL} - LONG, ALL), ids=by_name
-)
+stepped = pytest.mark.parametrize("method", slow_but(STEPPED, ALL), ids=by_name)
 # Quick to compile: state, cross-Jacobians, and a state that is no weighting's.
 QUICK = {"mean", "modo", "multi_steps(excess_mtl)"}
 mostly_slow = pytest.mark.parametrize("method", slow_but(QUICK, ALL), ids=by_name)
@@ -169,7 +176,7 @@ def test_training_in_other_dtypes(method, dtype):
 
 
 @all_aggregators
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float64", marks=pytest.mark.slow)])
 def test_a_step_keeps_other_dtypes(method, dtype):
     """Nothing is compiled: types are known when a step is traced."""
     with jax.enable_x64(dtype == "float64"):

@@ -19,6 +19,7 @@ import pytest
 import jaxjd
 from jaxjd import weightings as W
 from tests import jaxprs
+from tests.registry import slow_but
 
 
 class Case(NamedTuple):
@@ -51,7 +52,10 @@ CASES = {
 SIZES = (pytest.param(2, marks=pytest.mark.slow), 6)
 STEP = 3e-5
 
+# One of each implicit rule.
+QUICK = {"aligned_mtl", "cagrad", "conflict_free", "mgda", "nash_mtl", "upgrad"}
 all_cases = pytest.mark.parametrize("name", CASES)
+most_slow = pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +133,7 @@ def inner(a, b) -> np.ndarray:
     return sum(jax.tree.leaves(products))
 
 
-@all_cases
+@most_slow
 @pytest.mark.parametrize("m", SIZES)
 def test_derivatives_are_those_of_finite_differences(name, m):
     point, direction, cotangent, lengths = inputs(name, m)
@@ -160,7 +164,7 @@ def test_derivatives_are_those_of_finite_differences(name, m):
         )
 
 
-@all_cases
+@most_slow
 @pytest.mark.parametrize("m", SIZES)
 def test_forward_and_reverse_mode_agree(name, m):
     point, direction, cotangent, _ = inputs(name, m)
@@ -173,8 +177,8 @@ def test_forward_and_reverse_mode_agree(name, m):
 @pytest.mark.parametrize("m", SIZES)
 def test_the_points_are_of_both_kinds(m):
     """Constraints are active at some points and at none of others, and so is the limit."""
-    point, *_ = inputs("dualproj", m)
-    added = np.asarray(values("dualproj", point) - point[1]["pref_vector"]).max(axis=1)
+    point, *_ = inputs("upgrad", m)
+    added = np.asarray(values("upgrad", point) - point[1]["pref_vector"]).max(axis=1)
     assert (added == 0).any()
     assert (added > 0).any()
     if m > 2:

@@ -215,6 +215,7 @@ def test_the_rows_give_the_size_of_the_state(methods):
                 assert 0 <= size_of(state) - declared <= room, name
 
 
+@pytest.mark.slow
 def test_the_table_of_conflicts_is_what_is_computed():
     rows = rows_of(table_in((DOCS / "choosing.md").read_text(), "conflicts"))
     assert [code_of(row[0])[0] for row in rows] == list(conflict.METHODS)

@@ -68,7 +68,11 @@ def test_two_rows_have_a_closed_form():
             np.testing.assert_allclose(nash(jnp.asarray(G), 0.0), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("m", [2, 5, 12])
+sizes = pytest.mark.parametrize("m", [2, 5, pytest.param(12, marks=pytest.mark.slow)])
+"""Each number of rows is a program."""
+
+
+@sizes
 def test_fairgrad_with_alpha_one_is_nash_mtl_without_a_limit(m):
     for J in generic(m, 5, seed=m):
         G = jnp.asarray(J @ J.T, "float32")
@@ -89,33 +93,33 @@ def test_nash_mtl_limits_the_norm_and_keeps_the_direction(max_norm):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("scale", [1e-10, 1e-5, 1.0, 1e5, 1e10])
-def test_the_equations_hold_at_every_scale(alpha, scale):
-    for m in (2, 5, 12):
-        for J in generic(m, 5, seed=10 + m):
-            G = np.float32(scale * (J @ J.T))
-            w = np.asarray(fair(jnp.asarray(G), alpha), float)
-            # w_i (G w)_i^alpha = 1; for alpha = 1, that every task gains alike.
-            residual = w * (np.asarray(G, float) @ w) ** alpha - 1
-            assert np.abs(residual).max() < 1e-5
+@sizes
+def test_the_equations_hold_at_every_scale(alpha, scale, m):
+    for J in generic(m, 5, seed=10 + m):
+        G = np.float32(scale * (J @ J.T))
+        w = np.asarray(fair(jnp.asarray(G), alpha), float)
+        # w_i (G w)_i^alpha = 1; for alpha = 1, that every task gains alike.
+        residual = w * (np.asarray(G, float) @ w) ** alpha - 1
+        assert np.abs(residual).max() < 1e-5
 
 
 @pytest.mark.parametrize("decades", [3.0, 6.0])
-def test_the_equations_hold_for_rows_of_very_different_lengths(decades):
-    for m in (2, 5, 12):
-        for J in generic(m, 5, seed=20 + m, decades=decades):
-            G = np.float32(J @ J.T)
-            w = np.asarray(fair(jnp.asarray(G), 1.0), float)
-            assert np.abs(w * (np.asarray(G, float) @ w) - 1).max() < 1e-5
+@sizes
+def test_the_equations_hold_for_rows_of_very_different_lengths(decades, m):
+    for J in generic(m, 5, seed=20 + m, decades=decades):
+        G = np.float32(J @ J.T)
+        w = np.asarray(fair(jnp.asarray(G), 1.0), float)
+        assert np.abs(w * (np.asarray(G, float) @ w) - 1).max() < 1e-5
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
-def test_float64_solves_to_rounding(alpha):
+@sizes
+def test_float64_solves_to_rounding(alpha, m):
     with jax.enable_x64(True):
-        for m in (2, 5, 12):
-            for J in generic(m, 5, seed=30 + m, decades=2.0):
-                G = J @ J.T
-                w = np.asarray(fair(jnp.asarray(G), alpha))
-                assert np.abs(w * (G @ w) ** alpha - 1).max() < 1e-11
+        for J in generic(m, 5, seed=30 + m, decades=2.0):
+            G = J @ J.T
+            w = np.asarray(fair(jnp.asarray(G), alpha))
+            assert np.abs(w * (G @ w) ** alpha - 1).max() < 1e-11
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
@@ -139,7 +143,7 @@ def test_fair_weights_of_non_finite_gramians_are_not_finite():
         assert not np.isfinite(nash(G, 1.0)).all()
 
 
-@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("every", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_nash_mtl_solves_only_every_few_calls(every):
     weighting = W.nash_mtl(0.8, update_weights_every=every)
     update = jax.jit(weighting.update)
@@ -212,16 +216,19 @@ def test_pcd_on_base(tau, expected):
             np.testing.assert_allclose(J_BASE.T @ weights, expected, rtol=1e-7)
 
 
+pcd_sizes = pytest.mark.parametrize("m", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.02, 0.5])
-def test_pcd_solves_its_quadratic_program(tau):
-    for m in (2, 3, 5):
-        for J in generic(m, 8, seed=60 + m):
-            expected = pcd_of_rows(J, tau, np.sum(J**2, axis=1))
-            weights = pcd(J @ J.T, tau, eps=0.0)
-            np.testing.assert_allclose(
-                J.T @ weights, expected, atol=2e-5 * np.linalg.norm(J[0]), rtol=0
-            )
-            assert (weights >= 0).all()
+@pcd_sizes
+def test_pcd_solves_its_quadratic_program(tau, m):
+    for J in generic(m, 8, seed=60 + m):
+        expected = pcd_of_rows(J, tau, np.sum(J**2, axis=1))
+        weights = pcd(J @ J.T, tau, eps=0.0)
+        np.testing.assert_allclose(
+            J.T @ weights, expected, atol=2e-5 * np.linalg.norm(J[0]), rtol=0
+        )
+        assert (weights >= 0).all()
 
 
 def test_pcd_takes_one_tau_per_secondary_task():
@@ -238,11 +245,11 @@ def test_pcd_takes_one_tau_per_secondary_task():
     np.testing.assert_allclose(found, pcd(J @ J.T, tau), rtol=1e-5)
 
 
-def test_pcd_is_as_long_as_the_first_row():
-    for m in (2, 3, 5):
-        for J in generic(m, 8, seed=80 + m, decades=2.0):
-            norm = np.linalg.norm(J.T @ pcd(J @ J.T))
-            np.testing.assert_allclose(norm, np.linalg.norm(J[0]), rtol=1e-5)
+@pcd_sizes
+def test_pcd_is_as_long_as_the_first_row(m):
+    for J in generic(m, 8, seed=80 + m, decades=2.0):
+        norm = np.linalg.norm(J.T @ pcd(J @ J.T))
+        np.testing.assert_allclose(norm, np.linalg.norm(J[0]), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.registry import AGGREGATORS, LINKS, M, by_name, example_losses, example_params
 
-QUICK = {"mean", "upgrad", "gradvac", "grouped(upgrad)", "multi_steps(excess_mtl)"}
+QUICK = {"mean", "upgrad", "multi_steps(excess_mtl)"}
 
 
 @pytest.mark.parametrize(

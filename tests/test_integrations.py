@@ -18,10 +18,11 @@ from flax.training.train_state import TrainState
 import jaxjd
 from jaxjd import labels, weightings
 from jaxjd.integrations.flax import JDTrainState
+from tests.matrices import gaussian
 from tests.registry import slow_but
 
-X = jax.random.normal(jax.random.key(0), (8, 3))
-TARGETS = jax.random.normal(jax.random.key(1), (8, 2))
+X = jnp.asarray(gaussian(0, 8, 3))
+TARGETS = jnp.asarray(gaussian(1, 8, 2))
 
 
 def errors(predictions):
@@ -195,8 +196,10 @@ def test_jd_train_state_carries_extra_args_batch_statistics_and_a_key():
 
     params, opt_state = state.params, state.tx.init(state.params)
     update = jax.jit(state.tx.update)
-    evaluate = lambda state: errors(
-        model.apply({"params": state.params, "batch_stats": state.batch_stats}, X, train=False)
+    evaluate = jax.jit(
+        lambda state: errors(
+            model.apply({"params": state.params, "batch_stats": state.batch_stats}, X, train=False)
+        )
     )
     before, statistics = evaluate(state), state.batch_stats
     for _ in range(20):

@@ -29,6 +29,7 @@ def test_numbers_of_tasks_are_compared_at_init(factory, arguments):
         method.init(2)
 
 
+@pytest.mark.slow
 def test_a_line_search_behind_an_aggregator_that_reads_losses():
     def losses_fn(x):
         return jnp.stack([jnp.sum((x - 1) ** 2), jnp.sum((x + 1) ** 4)])

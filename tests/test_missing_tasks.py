@@ -34,7 +34,11 @@ def numbers(tree) -> list[np.ndarray]:
     return [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
 
 
-QUICK = [method for method in AGGREGATORS if method.losses or method in VARIANTS]
+QUICK = [
+    method
+    for method in AGGREGATORS
+    if (method.losses or method in VARIANTS) and method.name != "cagrad(rescale)"
+]
 
 
 @pytest.mark.parametrize(
@@ -136,15 +140,28 @@ def test_all_scalarizers_are_here():
     assert {name.split("(")[0] for name in SCALARIZERS} == functions
 
 
+@functools.cache
+def scalarizer_and_step(name):
+    scalarizer = SCALARIZERS[name]()
+
+    @jax.jit
+    def step(losses, state):
+        value, gradient = jax.value_and_grad(scalarizer.apply)(losses, state)
+        return value, gradient, scalarizer.update(losses, state)
+
+    return scalarizer, step
+
+
 @pytest.mark.parametrize("name", SCALARIZERS)
 @pytest.mark.parametrize("missing", [0, 1])
 def test_every_scalarizer_goes_on_when_a_task_is_missing(name, missing):
-    scalarizer = SCALARIZERS[name]()
+    scalarizer, step = scalarizer_and_step(name)
     state = scalarizer.init(M)
     for call in range(4):
-        losses = LOSSES * (MISSING if call == missing else PRESENT) * (1 + call)
-        value, gradient = jax.value_and_grad(scalarizer.apply)(losses, state)
-        state = scalarizer.update(losses, state)
+        losses = (
+            np.asarray(LOSSES) * np.asarray(MISSING if call == missing else PRESENT) * (1 + call)
+        )
+        value, gradient, state = step(losses, state)
         for leaf in numbers((value, gradient, state)):
             assert np.isfinite(leaf).all()
     assert np.all(gradient != 0)

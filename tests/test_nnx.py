@@ -12,9 +12,10 @@ from flax import nnx
 
 import jaxjd
 from jaxjd.integrations import nnx as engines
+from tests.matrices import gaussian
 
-X = jax.random.normal(jax.random.key(0), (4, 16))
-TARGETS = jax.random.normal(jax.random.key(1), (4, 2))
+X = jnp.asarray(gaussian(0, 4, 16))
+TARGETS = jnp.asarray(gaussian(1, 4, 2))
 
 
 class Net(nnx.Module):
@@ -136,6 +137,7 @@ def test_training_is_that_of_nnx_step_by_step(name, plain):
     assert history[-1][0] < history[0][0]
 
 
+@pytest.mark.slow
 def test_training_without_jit(plain):
     history, _ = train(*STEPS["auto"], 2, jit=False)
     for found, wanted in zip(history, plain[0][:2], strict=True):
@@ -272,6 +274,7 @@ def test_filters_choose_what_is_differentiated():
     np.testing.assert_array_equal(jacobian["calls"][...], POINT)
 
 
+@pytest.mark.slow
 def test_states_and_variables_as_arguments():
     graphdef, state = nnx.split(Net())
     fn = lambda state: losses_of(nnx.merge(graphdef, state), X, TARGETS)

@@ -10,10 +10,11 @@ import pytest
 
 import jaxjd
 from jaxjd import weightings
+from tests.matrices import gaussian
 from tests.registry import NAMED, M, by_name
 
-X = jax.random.normal(jax.random.key(0), (8, 3))
-TARGETS = jax.random.normal(jax.random.key(1), (8, 2))
+X = jnp.asarray(gaussian(0, 8, 3))
+TARGETS = jnp.asarray(gaussian(1, 8, 2))
 
 PARAMS = {"w": jnp.array([[0.3, -0.2], [0.1, 0.4]]), "b": jnp.zeros(2)}
 JACOBIAN = {

@@ -20,9 +20,10 @@ EPS = float(np.finfo(np.float32).eps)
 AVAILABLE = [golden for golden in GOLDENS if compare.public(golden)]
 
 
-QUICK = (3, 5)
-"""The numbers of tasks that are looked at by default; the others are slow."""
-REST = tuple(m for m in compare.TASKS if m not in QUICK)
+def quick_tasks(golden: Golden) -> tuple[int, ...]:
+    """What is looked at by default: 3 tasks, or 5 where the golden has none of 3."""
+    has_three = any(golden.applies(J) for J in compare.jacobians().values() if len(J) == 3)
+    return (3,) if has_three or golden.kind == "sequence" else (5,)
 
 
 def goldens(*problems: str | None) -> pytest.MarkDecorator:
@@ -30,9 +31,11 @@ def goldens(*problems: str | None) -> pytest.MarkDecorator:
     params = []
     for golden in AVAILABLE:
         if not problems or golden.problem in problems:
-            params.append(pytest.param(golden, QUICK, id=golden.name))
-            rest = pytest.param(golden, REST, id=f"{golden.name}, rest", marks=pytest.mark.slow)
-            params.append(rest)
+            quick = quick_tasks(golden)
+            rest = tuple(m for m in compare.TASKS if m not in quick)
+            params.append(pytest.param(golden, quick, id=golden.name))
+            slow = pytest.param(golden, rest, id=f"{golden.name}, rest", marks=pytest.mark.slow)
+            params.append(slow)
     return pytest.mark.parametrize(("golden", "tasks"), params)
 
 
@@ -52,8 +55,24 @@ def test_goldens_cover_what_they_should():
             assert all(len(case.jacobians) >= 6 for case in compare.cases(golden))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@goldens()
+def in_both_dtypes() -> list:
+    """All goldens in both dtypes. By default in the one whose programs other tests need as well."""
+    params = []
+    for golden in AVAILABLE:
+        quick = quick_tasks(golden)
+        rest = tuple(m for m in compare.TASKS if m not in quick)
+        for dtype in DTYPES:
+            wanted = {"projection": DTYPES, "min-norm": DTYPES, "fair": ["float32"]}
+            wanted["cagrad"] = ["float32"]
+            marks = () if dtype in wanted.get(golden.problem, ["float64"]) else pytest.mark.slow
+            name = f"{golden.name}-{dtype}"
+            params.append(pytest.param(golden, quick, dtype, id=name, marks=marks))
+            name = f"{golden.name}, rest-{dtype}"
+            params.append(pytest.param(golden, rest, dtype, id=name, marks=pytest.mark.slow))
+    return params
+
+
+@pytest.mark.parametrize(("golden", "tasks", "dtype"), in_both_dtypes())
 def test_oracle(golden: Golden, tasks: tuple[int, ...], dtype: str):
     failures, known = [], 0
     for case, error in compare.errors(golden, dtype, tasks):

@@ -17,7 +17,16 @@ from jax import lax
 
 import jaxjd
 from tests import jaxprs
-from tests.registry import AGGREGATORS, NAMED, UNWEIGHTED, WEIGHTINGS, M, by_name, example_params
+from tests.registry import (
+    AGGREGATORS,
+    NAMED,
+    UNWEIGHTED,
+    WEIGHTINGS,
+    M,
+    by_name,
+    example_params,
+    slow_but,
+)
 
 all_aggregators = pytest.mark.parametrize("method", AGGREGATORS, ids=by_name)
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "precision.md"
@@ -179,7 +188,7 @@ def test_a_scaled_gramian_is_exact(dtype):
         np.testing.assert_array_equal(a, SCALE**2 * b)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", READS_MORE, ids=by_name)
 def test_losses_times_a_power_of_two_change_no_weight(method, dtype):
     aggregator = method.aggregator(M)
@@ -207,7 +216,7 @@ def test_losses_times_a_power_of_two_change_no_weight(method, dtype):
     chex.assert_trees_all_equal(two_calls(*scaled(jacobians), SCALE * losses)[1], weights)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but({"dense", "factored"}, FORMS))
 def test_scaled_losses_change_no_weight_through_an_engine(form):
     params, x = model_params("bfloat16"), INPUTS.astype("bfloat16")
     # One step of the exact projection is enough: weightings are tested above.

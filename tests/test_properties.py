@@ -160,13 +160,12 @@ def of(m: int, cases) -> list[np.ndarray]:
     return [J for J in cases if J.shape[0] == m]
 
 
-QUICK = (4, 20)
-"""The row counts that are looked at by default. Each costs a program per method; the others are
-slow."""
+QUICK_AT_20 = {"conflict_free", "dualproj", "mean", "mgda", "nash_mtl", "pcgrad", "random", "sum"}
+"""Each row count costs a program per method. By default all methods have 4 rows, and these 20."""
 
 
-def row_counts(*counts: int) -> list:
-    return [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in counts]
+def quick(name: str, m: int) -> pytest.MarkDecorator | tuple[()]:
+    return () if m == 4 or (m == 20 and name in QUICK_AT_20) else pytest.mark.slow
 
 
 def over(names, *counts: int) -> pytest.MarkDecorator:
@@ -175,9 +174,14 @@ def over(names, *counts: int) -> pytest.MarkDecorator:
     for name in names:
         for m in counts:
             if m >= CASES[name].row.min_tasks:
-                marks = () if m in QUICK else pytest.mark.slow
-                params.append(pytest.param(name, m, id=f"{name}-{m}", marks=marks))
+                params.append(pytest.param(name, m, id=f"{name}-{m}", marks=quick(name, m)))
     return pytest.mark.parametrize(("name", "m"), params)
+
+
+def with_20_rows(*names: str) -> pytest.MarkDecorator:
+    """Each method on the families of stationary and other points, which have 20 rows."""
+    params = [pytest.param(name, marks=quick(name, 20)) for name in names]
+    return pytest.mark.parametrize("name", params)
 
 
 FAMILIES = matrices.families()
@@ -259,14 +263,16 @@ def test_no_row_conflicts_by_more_than_rounding(name, m):
     assert (results.improvements >= -2e-6 * results.terms[:, None]).all()
 
 
-@pytest.mark.parametrize("name", NON_CONFLICTING)
+@with_20_rows(*NON_CONFLICTING)
 def test_cosines_are_non_negative_where_all_rows_can_improve(name):
     results = evaluate(name, FAMILIES["free"])
     assert (results.norm > 1e-2 * results.terms).all()
     assert (results.cosines >= -1e-6).all()
 
 
-@pytest.mark.parametrize("m", row_counts(2, 4, 9, 20, 32))
+@pytest.mark.parametrize(
+    "m", [pytest.param(m, marks=() if m == 4 else pytest.mark.slow) for m in (2, 4, 9, 20, 32)]
+)
 def test_rows_of_very_different_lengths(m):
     """Rows scaled by 10^U(-3, 3): no conflict, and MGDA's bound on the improvements."""
     rng = np.random.default_rng(m)
@@ -399,26 +405,26 @@ def test_constant_weights_are_linear():
 # --- Stationarity ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mean", "sum", "random"])
+@with_20_rows("upgrad", "dualproj", "mean", "sum", "random")
 @pytest.mark.parametrize("family", ["weak", "free"])
 def test_updates_vanish_only_at_strongly_stationary_points(name, family):
     results = evaluate(name, FAMILIES[family])
     assert (results.norm > 2e-2 * results.lengths.max(axis=1)).all()
 
 
-@pytest.mark.parametrize("name", ["mgda", "cagrad(0.5)", "cagrad(1)", "cagrad(2)", "imtl_g"])
+@with_20_rows("mgda", "cagrad(0.5)", "cagrad(1)", "cagrad(2)", "imtl_g")
 def test_updates_vanish_only_at_stationary_points(name):
     results = evaluate(name, FAMILIES["free"])
     assert (results.norm > 1e-2 * results.lengths.max(axis=1)).all()
 
 
-@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "cagrad(1)", "cagrad(2)"])
+@with_20_rows("upgrad", "dualproj", "mgda", "cagrad(1)", "cagrad(2)")
 def test_updates_vanish_at_strongly_stationary_points(name):
     results = evaluate(name, FAMILIES["strong"])
     assert (results.norm <= 1e-5 * results.terms).all()
 
 
-@pytest.mark.parametrize("name", FAIR)
+@with_20_rows(*FAIR)
 def test_fair_updates_vanish_at_strongly_stationary_points(name):
     strong = evaluate(name, FAMILIES["strong"])
     assert (strong.norm <= 0.03 * np.sqrt(strong.J.shape[1])).all()

@@ -430,6 +430,7 @@ def test_methods_on_entries_equal_the_unsharded_ones(name, kind):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[key]), leaf.ndim)
 
 
+@pytest.mark.slow
 @mostly_explicit
 def test_a_training_step_from_the_losses_on(kind):
     mesh, specs = mesh_of(kind), LAYOUTS["columns"]

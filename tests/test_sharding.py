@@ -167,7 +167,7 @@ def whole(params, specs):
 # Under jit
 
 
-@pytest.mark.parametrize("layout", slow_but({"both", "data"}, list(LAYOUTS)))
+@pytest.mark.parametrize("layout", slow_but({"both"}, list(LAYOUTS)))
 def test_jit_on_an_auto_mesh(layout):
     mesh = mesh_of()
     names = ["excess_mtl" if layout == "both" else "aligned_mtl"]
@@ -241,7 +241,7 @@ def run_in_shard_map(layout, names, checked, form="auto"):
     return jax.jit(run)(put(mesh, PARAMS, specs), X, Y)
 
 
-@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "layout", slow_but({"fsdp_rows", "tensor"}, ["data", "fsdp_rows", "fsdp_columns", "tensor"])
 )
@@ -300,6 +300,7 @@ def test_the_recipe_is_one_line_in_every_setting():
             chex.assert_trees_all_close(found, TRUE, **CLOSE)
 
 
+@pytest.mark.slow
 def test_the_recipe_in_steps():
     def run(params, x, y):
         params = sharding.vary(sharding.vary(params, "data"), ("data",))
@@ -311,6 +312,7 @@ def test_the_recipe_in_steps():
         chex.assert_trees_all_close(found, TRUE, **CLOSE)
 
 
+@pytest.mark.slow
 def test_factors_of_views():
     """Transposed, sliced and reshaped kernels and an embedding keep the types of what varies."""
     keys = jax.random.split(jax.random.key(3), 4)
@@ -462,6 +464,7 @@ def test_only_gramians_cross_devices_in_shard_map(checked):
     assert all(np.prod(shape) <= M * M for one in found for _, shape in one.shapes), found
 
 
+@pytest.mark.slow
 def test_a_factored_leaf_is_sent_in_the_cheaper_way():
     devices, rows = 8, 2
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))

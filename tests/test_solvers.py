@@ -182,6 +182,7 @@ def test_simplex_is_idempotent_and_batched():
     np.testing.assert_allclose(linalg.project_onto_simplex(x[1, 2]), once[1, 2], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(monkeypatch):
     rng = np.random.default_rng(3)
     with jax.enable_x64():
@@ -244,6 +245,7 @@ def test_derivatives_against_finite_differences(solver):
             np.testing.assert_allclose(pulled, np.sum(cotangent * forward), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     matrices_ = jax.random.normal(jax.random.key(5), (4, 5, 9))
     gramians = matrices_ @ jnp.swapaxes(matrices_, 1, 2)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.registry import NAMED, UNWEIGHTED, VARIANTS, M, Method, by_name
+from tests.registry import NAMED, UNWEIGHTED, VARIANTS, M, Method
 
 METHODS = NAMED + UNWEIGHTED + VARIANTS
 SIZE = 4
@@ -45,7 +45,8 @@ KINKS = {
 }
 """Where a method has no derivative, which the test proves; what is returned there is finite."""
 QUICK = {"gradnorm", "gradvac", "moco", "momentum_conflict_free"}
-"""Of these, roots made reverse mode NaN; the others are slow."""
+"""Of these, roots made reverse mode NaN; the others are slow, and the longest with all rows."""
+LONG = {"gradvac", "moco", "momentum_conflict_free"}
 
 
 def points(m: int) -> dict[str, np.ndarray]:
@@ -81,12 +82,15 @@ def probe(method: Method, m: int):
     return jax.jit(jax.vmap(differentiate))
 
 
-@pytest.mark.parametrize("m", [M, 1])
-@pytest.mark.parametrize(
-    "method",
-    [m if m.name in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
-    ids=by_name,
-)
+def cases():
+    for method in METHODS:
+        for m in (M, 1):
+            quick = method.name in QUICK and (m == 1 or method.name not in LONG)
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(method, m, id=f"{method.name}-{m}", marks=marks)
+
+
+@pytest.mark.parametrize(("method", "m"), list(cases()))
 def test_derivatives_of_updates(method, m):
     if m < method.min_tasks or (m == 1 and "weights" in method.required):
         pytest.skip("It needs more tasks.")

@@ -15,6 +15,7 @@ from jaxjd.linalg import regularized_projector
 from jaxjd.weightings._gradvac import vaccinate
 from jaxjd.weightings._pcgrad import project_conflicts, random_orders
 from tests.matrices import G_BASE, J_BASE
+from tests.registry import slow_but
 
 
 def array(values, dtype=np.float32) -> jax.Array:
@@ -131,14 +132,27 @@ def test_closed_forms_have_the_known_digits():
         np.testing.assert_allclose(closed_form, digits, rtol=0, atol=tolerance)
 
 
+QUICK_IN_FLOAT32 = {
+    "constant",
+    "excess_mtl",
+    "mean",
+    "modo",
+    "pcgrad",
+    "sum",
+    "upgrad",
+}
+
+
 def first_calls() -> list:
-    """The methods in both dtypes; what projects in another way than by default in float64 only."""
+    """The methods in float64, and some in float32: a program each. `test_parity.py` asks both."""
     params = []
     for name in FACTORIES:
-        again = name.startswith(("upgrad_", "dualproj_"))
-        marks = pytest.mark.slow if again else ()
-        params.append(pytest.param(name, np.float32, id=f"{name}-float32", marks=marks))
-        params.append(pytest.param(name, np.float64, id=f"{name}-float64"))
+        for dtype, quick in (
+            (np.float32, name in QUICK_IN_FLOAT32),
+            (np.float64, name not in ("dualproj_regularized", "upgrad_pref")),
+        ):
+            marks = () if quick else pytest.mark.slow
+            params.append(pytest.param(name, dtype, id=f"{name}-{dtype.__name__}", marks=marks))
     return params
 
 
@@ -607,10 +621,9 @@ def pairs_of_rows(count: int = 20) -> list[np.ndarray]:
 def test_pcgrad_of_two_rows_is_twice_upgrad():
     with jax.enable_x64(True):
         for J in pairs_of_rows():
-            G = jnp.asarray(J @ J.T)
-            expected = 2 * jitted("upgrad")(G)
-            for name in ("pcgrad", "gradvac"):
-                np.testing.assert_allclose(jitted(name)(G), expected, rtol=1e-7)
+            expected = 2 * first_call("upgrad")(J, {})[1]
+            for name, arguments in (("pcgrad", {}), ("gradvac", {"eps": np.float64(1e-8)})):
+                np.testing.assert_allclose(first_call(name)(J, arguments)[1], expected, rtol=1e-7)
 
 
 def test_mgda_of_two_rows_has_a_closed_form():
@@ -620,7 +633,7 @@ def test_mgda_of_two_rows_has_a_closed_form():
             difference = G[0, 0] - 2 * G[0, 1] + G[1, 1]
             first = np.clip((G[1, 1] - G[0, 1]) / difference, 0, 1)
             np.testing.assert_allclose(
-                jitted("mgda")(jnp.asarray(G)), [first, 1 - first], rtol=1e-12, atol=1e-15
+                first_call("mgda")(J, {})[1], [first, 1 - first], rtol=1e-12, atol=1e-15
             )
 
 
@@ -653,18 +666,23 @@ def test_aligned_mtl_against_numpy(mode):
             np.testing.assert_allclose(jitted(mode)(jnp.asarray(J @ J.T)), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_orthogonal_rows_of_one_length(scale):
-    expected = {
-        **dict.fromkeys(["upgrad", "dualproj", "mgda", "imtl_g"], 1 / 3),
-        **dict.fromkeys(["aligned_mtl", "aligned_mtl_median", "aligned_mtl_rmse"], 1 / 3),
-        **dict.fromkeys(["pcgrad", "gradvac"], 1),
-        "cagrad": 1.4 / 3,  # g_w is the mean gradient, so the step is 1 + c times the mean.
-    }
+OF_ORTHOGONAL_ROWS = {
+    **dict.fromkeys(["upgrad", "dualproj", "mgda", "imtl_g"], 1 / 3),
+    **dict.fromkeys(["aligned_mtl", "aligned_mtl_median", "aligned_mtl_rmse"], 1 / 3),
+    **dict.fromkeys(["pcgrad", "gradvac"], 1),
+    "cagrad": 1.4 / 3,  # g_w is the mean gradient, so the step is 1 + c times the mean.
+}
+
+
+# By default those that other tests compile, too.
+@pytest.mark.parametrize(
+    "name", slow_but(set(OF_ORTHOGONAL_ROWS) - {"cagrad", "gradvac", "mgda"}, OF_ORTHOGONAL_ROWS)
+)
+def test_orthogonal_rows_of_one_length(name):
     with jax.enable_x64(True):
-        for name, weight in expected.items():
+        for scale in (1e-8, 1.0, 1e8):
             weights = jitted(name)(jnp.asarray(np.eye(3) * scale))
-            np.testing.assert_allclose(weights, np.full(3, weight), rtol=1e-12)
+            np.testing.assert_allclose(weights, np.full(3, OF_ORTHOGONAL_ROWS[name]), rtol=1e-12)
 
 
 def test_rows_without_conflict_are_left_alone():

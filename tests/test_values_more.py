@@ -388,8 +388,15 @@ def moco_reference(jacobians, losses, beta, beta_sigma, gamma, gamma_sigma, rho,
         yield weights @ tracked, weights, weights * factors
 
 
-@pytest.mark.parametrize("with_losses", [False, True])
-@pytest.mark.parametrize("projection", ["softmax", "simplex"])
+@pytest.mark.parametrize(
+    ("projection", "with_losses"),
+    [
+        ("softmax", True),
+        ("simplex", False),
+        pytest.param("softmax", False, marks=pytest.mark.slow),
+        pytest.param("simplex", True, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "arguments", [(0.5, 0.5, 0.1, 0.5, 0.0), (0.9, 0.0, 0.02, 0.2, 0.3)], ids=["defaults", "other"]
 )

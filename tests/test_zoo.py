@@ -136,13 +136,10 @@ QUICK = {
     "custom rule with a parameter",
     "embeddings with indices of all kinds",
     "linen cnn",
-    "linen mlp",
     "low rank adapters",
-    "one jitted layer called twice",
     "parameters of mixed precision",
     "rnn",
     "views of parameters",
-    "weight decay among the losses",
 }
 
 
@@ -186,7 +183,7 @@ def test_equals_jacrev(model):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("rnn", "factored"),
+        pytest.param("rnn", "factored", marks=pytest.mark.slow),
         pytest.param("linen cnn", "auto", marks=pytest.mark.slow),
         pytest.param("linen transformer", "factored", marks=pytest.mark.slow),
         pytest.param("scan over rematerialized layers", "factored", marks=pytest.mark.slow),
@@ -237,7 +234,7 @@ def gradients_of_examples(loss, params, x):
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        {"linen mlp", "rnn"},
+        {"rnn"},
         [
             "linen mlp",
             "linen transformer",
@@ -280,10 +277,9 @@ def test_losses_of_examples(name):
     assert_close(own, expected, model.tolerance, "Gramian by products")
 
 
-@pytest.mark.parametrize("form", slow_but({"factored"}, ["dense", *FORMS]))
-@pytest.mark.parametrize(
-    "name", slow_but({"linen cnn"}, ["linen cnn", "scan over rematerialized layers"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dense", *FORMS])
+@pytest.mark.parametrize("name", ["linen cnn", "scan over rematerialized layers"])
 def test_losses_of_examples_in_chunks(name, form):
     losses_fn, params, x = by_name(name).build()
     loss = loss_of_an_example(losses_fn)
