@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from tests.benchmarks import steps
+from tests.benchmarks import compile_time, steps
 from tests.benchmarks.step_cases import CASES, make_numbers
 from tests.benchmarks.step_jax import Variant
 
@@ -84,3 +84,13 @@ def test_the_grid_times_equal_programs_once(capsys):
     assert row["auto is"] in ("dense", "factored", "its own")
     if row["auto is"] != "its own":
         assert row["rounds"]["auto"] == row["rounds"][row["auto is"]]
+
+
+@pytest.mark.slow
+def test_what_methods_add_to_compile_time_is_measured(tmp_path, capsys):
+    path = tmp_path / "compile_time.json"
+    compile_time.main(["--tasks", "2", "--rounds", "1", "--json", str(path)])
+    result = json.loads(path.read_text())["added_s"]["."]["2"]
+    assert set(result) >= {"upgrad", "cagrad", "imtl_g"}
+    assert result["cagrad"] > 0
+    assert "| `upgrad` |" in capsys.readouterr().out
