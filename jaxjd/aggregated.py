@@ -189,9 +189,9 @@ def aggregated_value_and_grad(
             values, gradient, inner = whole(state.aggregator)
             return (values, gradient), AggregatedGradState((), inner)
         # A conditional takes one branch: the Jacobian is not computed in between.
-        values, gradient, inner = lax.cond(state.count == 0, whole, backward, state.aggregator)
-        count = (state.count + 1) % every
-        return (values, gradient), AggregatedGradState(count, inner)
+        count = jnp.asarray(state.count)
+        values, gradient, inner = lax.cond(count == 0, whole, backward, state.aggregator)
+        return (values, gradient), AggregatedGradState((count + 1) % every, inner)
 
     return AggregatedGrad(init, apply)
 
