@@ -9,6 +9,9 @@ from jaxjd import linalg as linalg
 from jaxjd import scalarizers as scalarizers
 from jaxjd import sharding as sharding
 from jaxjd import weightings as weightings
+from jaxjd.aggregated import AggregatedGrad as AggregatedGrad
+from jaxjd.aggregated import AggregatedGradState as AggregatedGradState
+from jaxjd.aggregated import aggregated_value_and_grad as aggregated_value_and_grad
 from jaxjd.aggregators import GradDropState as GradDropState
 from jaxjd.aggregators import MomentumConflictFreeState as MomentumConflictFreeState
 from jaxjd.aggregators import aligned_mtl as aligned_mtl
@@ -78,6 +81,8 @@ except _PackageNotFoundError:  # Run from a checkout that is not installed.
     __version__ = "0.0.0"
 
 __all__ = [
+    "AggregatedGrad",
+    "AggregatedGradState",
     "Aggregator",
     "AggregatorState",
     "Certified",
@@ -93,6 +98,7 @@ __all__ = [
     "Scalarizer",
     "SkipIfNotFiniteState",
     "Weighting",
+    "aggregated_value_and_grad",
     "aligned_mtl",
     "cagrad",
     "combine",

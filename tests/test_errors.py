@@ -1056,6 +1056,40 @@ LABELS = [
 
 ENGINES = [
     case(
+        "aggregated_value_and_grad: no functions",
+        lambda: jaxjd.aggregated_value_and_grad({}, UPGRAD),
+        "`fn` must be a function",
+    ),
+    case(
+        "aggregated_value_and_grad: a dict with something else",
+        lambda: jaxjd.aggregated_value_and_grad({"a": jnp.sum, "b": 1.0}, UPGRAD),
+        r"`fn\[1\]` must be a function",
+    ),
+    case(
+        "aggregated_value_and_grad: a factory",
+        lambda: jaxjd.aggregated_value_and_grad(jnp.sum, weightings.upgrad),
+        "`weighting` must be a jaxjd.Weighting or an aggregator",
+    ),
+    case(
+        "aggregated_value_and_grad: `every` without num_tasks",
+        lambda: jaxjd.aggregated_value_and_grad(jnp.sum, UPGRAD, every=2),
+        "pass `num_tasks=`",
+    ),
+    case(
+        "aggregated_value_and_grad: labels for an aggregator",
+        lambda: jaxjd.aggregated_value_and_grad(jnp.sum, jaxjd.upgrad(), labels="all"),
+        "`labels` and `every` are for a weighting",
+    ),
+    case(
+        "aggregated_value_and_grad: one batch for a weighting of two",
+        lambda: trace(
+            jaxjd.aggregated_value_and_grad(lambda p: p["c"], weightings.modo(), num_tasks=3).apply,
+            jaxjd.AggregatedGradState((), jaxjd.modo(num_tasks=3).init(PARAMS)),
+            PARAMS,
+        ),
+        "cross_args",
+    ),
+    case(
         "integer parameter",
         lambda: engine(norms, {**PARAMS, "step": jnp.zeros((), int)}),
         "leaf 'step'",

@@ -31,6 +31,7 @@ BELOW = {
     "grouping": {"aggregators", "weightings", "labels", "linalg", "base", "checks"},
     "transforms": {"weightings", "linalg", "base", "checks"},
     "integrations": {"autodiff", "transforms", "base", "checks"},
+    "aggregated": {"grouping", "aggregators", "autodiff", "base", "checks"},
     "autodiff": {"labels", "linalg", "base", "checks"},
     "diagnostics": {"autodiff", "linalg", "base", "checks"},
     "sharding": {"linalg", "base", "checks"},

@@ -1,0 +1,236 @@
+"""One function from losses to a gradient: the Jacobian, the weights and what they combine to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxjd.aggregators import weighted
+from jaxjd.autodiff import value_and_jacobian
+from jaxjd.autodiff._gramian import Groups
+from jaxjd.autodiff._jacobian import arguments, check_argnums
+from jaxjd.autodiff._tasks import count_losses, spread, vjp
+from jaxjd.base import CrossGramianWeighting, PyTree, Weighting
+from jaxjd.checks import check_function, check_state, check_static_int, type_name
+from jaxjd.grouping import grouped
+
+Losses = Callable[..., Any] | Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
+
+
+class AggregatedGrad(NamedTuple):
+    """A pair of pure functions that turn losses into one gradient.
+
+    Attributes:
+      init: ``init(params) -> state``. `params` are the differentiated arguments: a tuple of them if
+        `argnums` is a sequence. They may hold `jax.ShapeDtypeStruct` leaves.
+      apply: ``apply(state, *args, **kwargs) -> ((losses, gradient), state)``, with the arguments of
+        the function, parameters first; ``((losses, aux), gradient), state`` with `has_aux`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> losses = lambda w: {
+      ...     "first": w @ jnp.array([-4.0, 1.0]),
+      ...     "second": w @ jnp.array([6.0, 1.0]),
+      ... }
+      >>> init, apply = jaxjd.aggregated_value_and_grad(losses, jaxjd.weightings.sum())
+      >>> w = jnp.zeros(2)
+      >>> (values, gradient), state = apply(init(w), w)
+      >>> print(gradient)
+      [2. 2.]
+    """
+
+    init: Callable[[PyTree], AggregatedGradState]
+    apply: Callable[..., tuple[tuple[Any, PyTree], AggregatedGradState]]
+
+
+class AggregatedGradState(NamedTuple):
+    """The state of `aggregated_value_and_grad`.
+
+    Attributes:
+      count: How often it was applied, modulo `every`, an int32 scalar; ``()`` if `every` is 1.
+      aggregator: The state of the aggregator: `jaxjd.AggregatorState`, or `jaxjd.GroupedState` with
+        labels. With `num_tasks` it holds the last weights.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> init, _ = jaxjd.aggregated_value_and_grad(
+      ...     lambda w: w, jaxjd.weightings.upgrad(), num_tasks=2, every=10
+      ... )
+      >>> print(init(jnp.ones(2)).count, init(jnp.ones(2)).aggregator.weights)
+      0 [0. 0.]
+    """
+
+    count: jax.Array | tuple[()]
+    aggregator: PyTree
+
+
+def aggregated_value_and_grad(
+    fn: Losses,
+    weighting: Weighting | optax.GradientTransformation,
+    *,
+    num_tasks: int | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    labels: Any = None,
+    form: str = "auto",
+    chunk_size: int | None = None,
+    every: int = 1,
+) -> AggregatedGrad:
+    r"""As ``jax.value_and_grad``, for many losses: one gradient that resolves their conflicts.
+
+    .. math:: d = \sum_i w_i \nabla f_i, \qquad w = w(J), \quad J = (\nabla f_1, \dots, \nabla f_m)
+
+    The result is an ordinary gradient: it can be clipped, accumulated by ``optax.MultiSteps`` and
+    passed to any optimizer or `TrainState`. The losses are given to the weightings that read them.
+
+    Args:
+      fn: Returns the losses as for `jaxjd.value_and_jacobian`: a vector, a list, a dict, ... It may
+        also be a dict, list or tuple of functions of the same arguments, one per loss; with
+        `has_aux` each of them returns ``(loss, aux)``, and what comes out is laid out alike.
+      weighting: From `jaxjd.weightings`, or an aggregator, such as what `jaxjd.partition` returns;
+        of `moco` and `db_mtl` the aggregator, which combines their moving averages of the rows.
+      num_tasks: The number of losses. Needed if the weighting's state depends on it, and by
+        `every`; with it the state holds the last weights.
+      argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
+      has_aux: Whether `fn` returns auxiliary output next to the losses.
+      labels: Groups of parameters with weights of their own, as for `jaxjd.grouped`.
+      form: How the Jacobian is held, as for `jaxjd.value_and_jacobian`; the gradient is the same.
+        With ``"dense"`` `fn` is run and not traced, outside of `jax.jit`.
+      chunk_size: As for `jaxjd.value_and_jacobian`.
+      every: The weights are computed in the first call and in every `every`-th one after it. Those
+        between use the last weights, and cost one backward pass (one per group with `labels`), as
+        in Xiao et al., "Stochastic multi-gradient descent with periodic weights" ("PSMGD", 2024),
+        and `update_weights_every` of the authors' Nash-MTL. It is cheaper and has a price: the
+        weights are of an older point. `aux` may then hold arrays only.
+
+    Returns:
+      An `AggregatedGrad`. Weightings of two batches (`modo`, `sdmgrad`) take the extra argument
+      ``cross_args=(args1, args2)`` of `apply`: the positional arguments after the differentiated
+      ones of two independent batches, as tuples, from which the weights are computed; `argnums`
+      must then be 0.
+
+    Raises:
+      ValueError: If an option is out of range, `every` is more than 1 for an aggregator or without
+        `num_tasks`, or `labels` are given with an aggregator; when applied, as for
+        `jaxjd.value_and_jacobian` and the weighting.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxjd
+      >>> def losses(params, x):
+      ...     y = jnp.tanh(x @ params["w"])
+      ...     return {"fit": jnp.mean((y - 1.0) ** 2), "size": jnp.mean(y**2)}
+      >>> params, x = {"w": jnp.ones((3, 4))}, jnp.ones((5, 3))
+      >>> init, apply = jaxjd.aggregated_value_and_grad(losses, jaxjd.weightings.upgrad())
+      >>> optimizer = optax.adam(1e-2)
+      >>> @jax.jit
+      ... def step(params, opt_state, state, x):
+      ...     (values, gradient), state = apply(state, params, x)
+      ...     updates, opt_state = optimizer.update(gradient, opt_state)
+      ...     return optax.apply_updates(params, updates), opt_state, state, values
+      >>> params, opt_state, state, values = step(params, optimizer.init(params), init(params), x)
+      >>> sorted(values), params["w"].shape
+      (['fit', 'size'], (3, 4))
+    """
+    losses_fn = _together(fn, has_aux)
+    every = check_static_int("every", every, at_least=1)
+    aggregator = _aggregator(weighting, labels, num_tasks, every)
+    numbers, single = check_argnums(argnums)
+    jacobian_fn = value_and_jacobian(losses_fn, argnums, has_aux, chunk_size, form)
+    reads_pair = isinstance(weighting, CrossGramianWeighting)
+
+    def init(params: PyTree) -> AggregatedGradState:
+        count = () if every == 1 else jnp.zeros((), jnp.int32)
+        return AggregatedGradState(count, aggregator.init(params))
+
+    def apply(
+        state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
+    ) -> tuple[tuple[Any, PyTree], AggregatedGradState]:
+        check_state("`aggregated_value_and_grad`", state, AggregatedGradState)
+        _, chosen = arguments(losses_fn, numbers, args, kwargs)
+        params = chosen[0] if single else tuple(chosen)
+
+        def whole(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
+            values, jacobian = jacobian_fn(*args, **kwargs)
+            losses = values[0] if has_aux else values
+            extra: dict[str, Any] = {"losses": losses}
+            if cross_args is not None:
+                extra["cross_jacobians"] = tuple(
+                    jacobian_fn(args[0], *batch, **kwargs)[1] for batch in cross_args
+                )
+            gradient, inner = aggregator.update(jacobian, inner, params, **extra)
+            return values, gradient, inner
+
+        def backward(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
+            losses_of, chosen = arguments(losses_fn, numbers, args, kwargs)
+            losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
+            groups = Groups.of(labels, params)
+            weights = inner.weights
+            if labels is not None:
+                weights = dict(zip(groups.names, weights, strict=True))
+
+            def pull_back(weights: jax.Array) -> PyTree:
+                gradient = pull(spread(weights, losses))
+                return gradient[0] if single else gradient
+
+            gradient = groups.spread(weights, count_losses(losses), pull_back)
+            return ((losses, aux) if has_aux else losses), gradient, inner
+
+        if reads_pair and (cross_args is None or argnums != 0):
+            raise ValueError(
+                "A weighting of two batches needs `cross_args=(args1, args2)` and argnums=0, got "
+                f"cross_args={type_name(cross_args)} and argnums={argnums}."
+            )
+        if every == 1:
+            values, gradient, inner = whole(state.aggregator)
+            return (values, gradient), AggregatedGradState((), inner)
+        # A conditional takes one branch: the Jacobian is not computed in between.
+        count = jnp.asarray(state.count)
+        values, gradient, inner = lax.cond(count == 0, whole, backward, state.aggregator)
+        return (values, gradient), AggregatedGradState((count + 1) % every, inner)
+
+    return AggregatedGrad(init, apply)
+
+
+def _together(fn: Losses, has_aux: bool) -> Callable[..., Any]:
+    """One function of what may be a collection of functions."""
+    if callable(fn):
+        return fn
+    if not isinstance(fn, (Mapping, list, tuple)) or not fn:
+        check_function("fn", fn)
+    fns, treedef = jax.tree.flatten(fn, is_leaf=callable)
+    for number, one in enumerate(fns):
+        check_function(f"fn[{number}]", one)
+
+    def together(*args: Any, **kwargs: Any) -> Any:
+        found = [one(*args, **kwargs) for one in fns]
+        if not has_aux:
+            return treedef.unflatten(found)
+        losses, aux = zip(*found, strict=True)
+        return treedef.unflatten(losses), treedef.unflatten(aux)
+
+    return together
+
+
+def _aggregator(weighting: Any, labels: Any, num_tasks: int | None, every: int) -> Any:
+    if isinstance(weighting, Weighting):
+        if every > 1 and num_tasks is None:
+            raise ValueError("`every` keeps the weights in the state: pass `num_tasks=`.")
+        if labels is None:
+            return weighted(weighting, num_tasks=num_tasks)
+        return grouped(weighting, labels, num_tasks=num_tasks)
+    if not isinstance(weighting, optax.GradientTransformation):
+        raise ValueError(
+            "`weighting` must be a jaxjd.Weighting or an aggregator, got "
+            f"{type_name(weighting)} (a factory has to be called first)."
+        )
+    if labels is not None or every > 1:
+        raise ValueError(
+            "`labels` and `every` are for a weighting, found an aggregator: take the weighting of "
+            "the same name from jaxjd.weightings, or give labels to `jaxjd.partition`."
+        )
+    return optax.with_extra_args_support(weighting)
