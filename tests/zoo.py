@@ -23,6 +23,8 @@ class Model(NamedTuple):
         losses, and every leaf of `x` has a batch axis, of size 5.
       factored: Expressions for the paths of the leaves that the pass must find. All others must be
         dense.
+      owned: Expressions for the paths of the leaves of which only the rows, or the entries, of some
+        losses must be kept.
       has_aux: Whether the losses come with auxiliary output.
       tolerance: Of every result, relative to its largest entry.
     """
@@ -30,6 +32,7 @@ class Model(NamedTuple):
     name: str
     build: Callable[[], tuple[Callable, Any, Any]]
     factored: tuple[str, ...]
+    owned: tuple[str, ...] = ()
     has_aux: bool = False
     tolerance: float = 1e-5
 
@@ -621,7 +624,7 @@ def siamese_network_with_an_unused_parameter():
     return losses_fn, params, points()
 
 
-@model("free")
+@model(owned=("free",))
 def weight_decay_among_the_losses():
     decayed, free = kernels((6, 4), (4, 3))
 

@@ -55,6 +55,11 @@ class FactoredLeaf(OpaqueLeaf):
         self.per_task = per_task
 
     @property
+    def arrays(self) -> list[jax.Array]:
+        """What it is made of."""
+        return [self.inputs, self.cotangents]
+
+    @property
     def sizes(self) -> Sizes:
         """The sizes that decide about its Gramian."""
         return self.layer.sizes(self.inputs, self.cotangents, self.per_task)

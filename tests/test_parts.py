@@ -1,0 +1,288 @@
+"""What each loss owns is pulled back once in all: the Jacobians of `jax.jacrev` at less cost."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxjd
+
+WIDTH = 12
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) / math.sqrt(WIDTH)
+
+
+def net(kernels, x):
+    for kernel in kernels:
+        x = jnp.tanh(x @ kernel)
+    return x
+
+
+def trunk(depth=2, seed=0):
+    return [normal(seed + place, WIDTH, WIDTH) for place in range(depth)]
+
+
+def batches(*sizes):
+    return [normal(50 + place, size, WIDTH) for place, size in enumerate(sizes)]
+
+
+def own_batches():
+    """Of unequal sizes."""
+
+    def losses(params, xs):
+        return jnp.stack([jnp.mean(net(params, x)[:, n] ** 2) for n, x in enumerate(xs)])
+
+    return losses, trunk(), batches(3, 5, 4)
+
+
+def points_of_three_kinds():
+    def losses(params, points):
+        inside, border, start = points
+        value = lambda x: net(params, x[None])[0] @ jnp.ones(WIDTH)
+        return {
+            "equation": jnp.mean(jax.vmap(lambda x: jnp.sum(jax.grad(value)(x)) ** 2)(inside)),
+            "border": jnp.mean(jax.vmap(value)(border) ** 2),
+            "start": [jnp.mean((jax.vmap(value)(start) - 1) ** 2)],
+        }
+
+    return losses, trunk(), batches(6, 3, 2)
+
+
+def heads_on_a_trunk():
+    params = {"trunk": trunk(), "heads": [[normal(80 + n, WIDTH, 3)] for n in range(3)]}
+
+    def losses(params, x):
+        features = net(params["trunk"], x)
+        return {str(n): jnp.var(net(head, features)) for n, head in enumerate(params["heads"])}
+
+    return losses, params, normal(70, 5, WIDTH)
+
+
+def heads_that_are_indexed():
+    params = {"trunk": trunk(), "heads": normal(80, 3, WIDTH, WIDTH)}
+
+    def losses(params, x):
+        features = net(params["trunk"], x)
+        return [jnp.var(net([params["heads"][n]] * 2, features)) for n in range(3)]
+
+    return losses, params, normal(70, 5, WIDTH)
+
+
+def tasks_on_an_axis():
+    params = {"kernels": trunk(), "bias": normal(3, WIDTH), "scales": normal(4, 3)}
+
+    def losses(params, xs):
+        def one(x, scale):
+            return scale * jnp.var(net(params["kernels"], x) + params["bias"][None])
+
+        return jax.vmap(one)(xs, params["scales"]) * jnp.array([1.0, 2.0, 3.0])
+
+    return losses, params, normal(70, 3, 5, WIDTH)
+
+
+def classification_of_tasks_on_an_axis():
+    def losses(params, data):
+        def one(x, labels):
+            logs = jax.nn.log_softmax(net(params, x))
+            return -jnp.mean(jnp.take_along_axis(logs, labels[:, None], axis=1))
+
+        return jax.vmap(one)(*data)
+
+    return losses, trunk(), (normal(70, 3, 5, WIDTH), jnp.arange(15).reshape(3, 5) % WIDTH)
+
+
+def embeddings_of_tasks_on_an_axis():
+    params = {"table": normal(5, 9, WIDTH), "kernels": trunk()}
+
+    def losses(params, tokens):
+        return jax.vmap(lambda ids: jnp.var(net(params["kernels"], params["table"][ids])))(tokens)
+
+    return losses, params, jnp.arange(15).reshape(3, 5) % 9
+
+
+def losses_that_are_set():
+    def losses(params, xs):
+        found = jnp.zeros(4)
+        for place, x in zip((0, 1, 3), xs, strict=True):
+            found = found.at[place].set(jnp.var(net(params[: place + 1], x)))
+        return found * 2
+
+    return losses, trunk(3), batches(5, 5, 5)
+
+
+def two_trunks():
+    params = {"first": trunk(), "second": trunk(seed=30)}
+
+    def losses(params, x):
+        first, second = net(params["first"], x), net(params["second"], x)
+        return [jnp.var(first), jnp.mean(first), jnp.mean(first * second), jnp.var(second)]
+
+    return losses, params, normal(70, 5, WIDTH)
+
+
+def auxiliary_losses_at_several_depths():
+    return (
+        lambda params, x: [jnp.var(net(params[:n], x)[:, n]) for n in (1, 2, 3)],
+        trunk(3),
+        normal(70, 5, WIDTH),
+    )
+
+
+def decay_and_a_constant_loss():
+    def losses(params, x):
+        decay = sum(jnp.sum(kernel**2) for kernel in params)
+        return [jnp.var(net(params, x)), decay, jnp.var(net(params[:1], x)), jnp.zeros(())]
+
+    return losses, trunk(), normal(70, 5, WIDTH)
+
+
+def weights_without_a_gradient():
+    """One loss scales another, through what no gradient passes, and a mask is shared."""
+
+    def losses(params, xs):
+        first, second = (net(params, x) for x in xs)
+        size = jax.lax.stop_gradient(jnp.var(second))
+        return [size * jnp.var(jnp.where(second > 0, first, 0.1)), jnp.var(second)]
+
+    return losses, trunk(), batches(5, 5)
+
+
+def towers_that_share_kernels():
+    def losses(params, xs):
+        left, right, other = (net(params, x) for x in xs)
+        return [jnp.mean(left * right), jnp.var(right), jnp.var(other)]
+
+    return losses, trunk(), batches(5, 5, 5)
+
+
+def jitted_networks():
+    apply = jax.jit(net)
+
+    def losses(params, xs):
+        return jnp.concatenate([jnp.var(apply(params, x))[None] for x in xs])
+
+    return losses, trunk(), batches(5, 5, 4)
+
+
+PROBLEMS = (
+    own_batches,
+    points_of_three_kinds,
+    heads_on_a_trunk,
+    heads_that_are_indexed,
+    tasks_on_an_axis,
+    classification_of_tasks_on_an_axis,
+    embeddings_of_tasks_on_an_axis,
+    losses_that_are_set,
+    two_trunks,
+    auxiliary_losses_at_several_depths,
+    decay_and_a_constant_loss,
+    weights_without_a_gradient,
+    towers_that_share_kernels,
+    jitted_networks,
+)
+
+
+def assert_close(found, expected):
+    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-10, atol=1e-12)
+
+
+def everything(losses, params, data, **options):
+    """The losses, the dense Jacobian, the Gramian and a combination."""
+    values, jacobian = jaxjd.value_and_jacobian(losses, **options)(params, data)
+    gramian = jaxjd.gramian(jacobian)
+    weights = jnp.arange(1.0, 1 + len(gramian))
+    return values, jaxjd.materialize(jacobian), gramian, jaxjd.combine(weights, jacobian)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "auto"},
+        pytest.param({"form": "factored"}, marks=pytest.mark.slow),
+        pytest.param({"form": "auto", "chunk_size": 1}, marks=pytest.mark.slow),
+    ],
+    ids=["auto", "factored", "one at a time"],
+)
+@pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make.__name__)
+def test_equals_jacrev(make, options):
+    with jax.enable_x64(True):
+        losses, params, data = make()
+        run = jax.jit(lambda params, data: everything(losses, params, data, **options))
+        found = run(params, data)
+        values = losses(params, data)
+        rows = jaxjd.stack_tasks(jax.jacrev(losses)(params, data), values)
+        gramian = jaxjd.gramian(rows)
+        weights = jnp.arange(1.0, 1 + len(gramian))
+        expected = (values, rows, gramian, jaxjd.combine(weights, rows))
+        assert_close(found, expected)
+
+
+def products(jaxpr):
+    """The multiplications in the products of a jaxpr."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            ((contract, _), _) = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            size = math.prod(shape[axis] for axis in contract)
+            total += size * math.prod(equation.outvars[0].aval.shape)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += products(inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (own_batches, 1.3),
+        (points_of_three_kinds, 1.3),
+        (heads_on_a_trunk, 1.9),
+        (tasks_on_an_axis, 1.4),
+        (towers_that_share_kernels, 1.6),
+        (jitted_networks, 1.3),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_work_in_units_of_a_plain_step(make, most):
+    losses, params, data = make()
+
+    def plain(params, data):
+        return jax.grad(lambda params: sum(map(jnp.sum, jax.tree.leaves(losses(params, data)))))(
+            params
+        )
+
+    def jacobian(params, data):
+        values, jacobian = jaxjd.value_and_jacobian(losses, form="auto")(params, data)
+        return values, [leaf.arrays for leaf in map(as_opaque, jax.tree.leaves(jacobian))]
+
+    def as_opaque(leaf):
+        return leaf if hasattr(leaf, "arrays") else jaxjd.linalg.owned.RowsLeaf((0,), leaf, 1)
+
+    counts = [products(jax.make_jaxpr(fn)(params, data).jaxpr) for fn in (plain, jacobian)]
+    assert counts[1] <= most * counts[0]
+
+
+def test_leaves_of_some_losses():
+    losses, params, data = heads_on_a_trunk()
+    losses_of = jaxjd.value_and_jacobian(losses, form="auto")
+    jacobian = losses_of(params, data)[1]
+    head = jacobian["heads"][1][0]
+    assert head.shape == (3, WIDTH, 3)
+    assert sum(array.size for array in head.arrays) < 3 * WIDTH * 3  # The dense leaf.
+    with pytest.raises(TypeError, match="materialize"):
+        head + 1
+    rows = jaxjd.materialize(jacobian)["heads"][1][0]
+    assert not rows[0].any()
+    assert rows[1].any()
+    assert not rows[2].any()
+    reports = jaxjd.diagnostics.explain_jacobian(losses, params, data, quiet=True)
+    assert reports[0].reason.endswith("for losses 0 only")
