@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxjd.autodiff._taps import Site, Taps
-from jaxjd.linalg.costs import Cost, Sizes, dense_cost, factored_cost
+from jaxjd.linalg.costs import Cost, dense_cost, factored_cost, prefers_factors
 
 FORMS = ("dense", "auto", "factored")
 
@@ -46,17 +46,12 @@ def _choose(site: Site, m: int, form: str, per_task: bool) -> Choice:
     dense, factored = dense_cost(sizes), factored_cost(sizes)
     if form == "dense":
         return Choice("dense", False, "asked for", dense, factored)
-    keep = form == "factored" or factored.total < dense.total
+    keep = form == "factored" or prefers_factors(sizes)
     reason = "asked for" if form == "factored" else "cheaper"
     # XLA differentiates a convolution per task as a grouped one, which is slow on CPUs; and what
     # has inputs of its own per task is one batched product.
     tapped = keep or site.kind == "convolution" or per_task
     return Choice("factored" if keep else "dense", tapped, reason, dense, factored)
-
-
-def is_cheaper(sizes: Sizes) -> bool:
-    """Whether factors cost less than a dense leaf."""
-    return factored_cost(sizes).total < dense_cost(sizes).total
 
 
 def check_form(form: str) -> None:

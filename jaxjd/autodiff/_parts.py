@@ -17,7 +17,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxjd.autodiff._forms import Choice, choose, is_cheaper
+from jaxjd.autodiff._forms import Choice, choose
 from jaxjd.autodiff._owners import (
     ELEMENTWISE,
     Owners,
@@ -42,6 +42,7 @@ from jaxjd.autodiff._taps import (
     prune,
 )
 from jaxjd.autodiff._tasks import map_in_chunks, vary_like
+from jaxjd.linalg.costs import prefers_factors
 from jaxjd.linalg.factored import FactoredLeaf
 from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf, spread
 
@@ -372,7 +373,7 @@ def can_cut(program: Program, num_losses: int) -> bool:
 
 
 def pays(found: Cut, num_params: int, m: int) -> bool:
-    """Whether cutting saves a tenth of the work of a backward pass per task, or more."""
+    """Whether cutting saves a hundredth of the work of a backward pass per task, or more."""
     params = set(found.program.invars[:num_params])
     total = saved = 0.0
     for part in found.parts:
@@ -383,7 +384,7 @@ def pays(found: Cut, num_params: int, m: int) -> bool:
             work = _work(equation)
             total += work
             saved += 0 if number in shared else (1 - share) * work
-    return saved > total / 10
+    return saved > total / 100
 
 
 def _work(equation: Any) -> float:
@@ -449,20 +450,22 @@ def _use_of(probe: Probe, part: Part, form: str) -> Use:
     if site is None:
         return Use(tasks, Choice("dense", False, f"used by {equation.primitive.name}, {own}"), None)
     sizes = site.sizes(len(tasks), per_task=True)
-    keep = form == "factored" or is_cheaper(sizes)
+    keep = form == "factored" or prefers_factors(sizes)
     why = "asked for" if form == "factored" else "cheaper"
     choice = Choice("factored" if keep else "dense", True, f"{why}, {own}")
     return Use(tasks, choice, site)
 
 
-def cut_losses(program: Program, num_params: int, num_losses: int) -> tuple[Cut, int] | None:
+def cut_losses(
+    program: Program, num_params: int, num_losses: int, always: bool = False
+) -> Cut | None:
     """Cuts a program by its first outputs, the losses; None where that saves nothing."""
     if not can_cut(program, num_losses):
         return None
     atoms = program.outvars[:num_losses]
     sizes = [atom.aval.size for atom in atoms]
     found = cut(program, num_params, atoms, sizes)
-    return (found, sum(sizes)) if pays(found, num_params, sum(sizes)) else None
+    return found if always or pays(found, num_params, sum(sizes)) else None
 
 
 def jacobian(
@@ -713,7 +716,7 @@ def _joined(parts: Sequence[Rows | BlocksLeaf], param: jax.Array, form: str) -> 
         return Rows((), jnp.zeros((0, *param.shape), param.dtype))
     tasks = tuple(sorted({task for part in parts for task in part.tasks if task >= 0}))
     leaf = parts[0].rows if len(parts) == 1 else _stacked(parts)
-    if isinstance(leaf, FactoredLeaf) and (form == "factored" or is_cheaper(leaf.sizes)):
+    if isinstance(leaf, FactoredLeaf) and (form == "factored" or prefers_factors(leaf.sizes)):
         return Rows(tasks, leaf)
     if isinstance(leaf, FactoredLeaf):
         return Rows(tasks, leaf.materialize())

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.autodiff import _parts as parts
-from jaxjd.autodiff._forms import Choice, check_form, choose, is_cheaper
+from jaxjd.autodiff._forms import Choice, check_form, choose
 from jaxjd.autodiff._owners import inline
 from jaxjd.autodiff._taps import Plan, Taps, evaluate, find, prune
 from jaxjd.autodiff._tasks import (
@@ -22,6 +22,7 @@ from jaxjd.autodiff._tasks import (
 )
 from jaxjd.base import PyTree
 from jaxjd.checks import check_function
+from jaxjd.linalg.costs import prefers_factors
 from jaxjd.linalg.factored import FactoredLeaf
 
 _NEEDS_VALUES = (
@@ -207,7 +208,7 @@ def plan_jacobian(
     if size is None:
         cut = parts.cut_losses(inline(traced.jaxpr)[0], num_params, traced.num_losses)
         if cut is not None:
-            pairs = [_joined(uses, m) for uses in parts.uses(cut[0], num_params, form)]
+            pairs = [_joined(uses, m) for uses in parts.uses(cut, num_params, form)]
             sites = {number: site for number, (_, site) in enumerate(pairs) if site is not None}
             return [choice for choice, _ in pairs], sites, m
     whole = split(traced, num_params, m, form, per_task=per_example)
@@ -225,7 +226,7 @@ def _joined(uses: Sequence[parts.Use], m: int) -> tuple[Choice, Any]:
     alone = len(uses) > 1 and all(use.site is not None and len(use.tasks) == 1 for use in uses)
     if alone and len(tasks) == len(uses) and first.site is not None:
         sizes = first.site.sizes(len(tasks), per_task=True)
-        keep = first.choice.reason == "asked for" or is_cheaper(sizes)
+        keep = first.choice.reason == "asked for" or prefers_factors(sizes)
         form, reason = ("factored", first.choice.reason) if keep else ("dense", "cheaper")
         return Choice(form, True, f"{reason}, each loss has inputs of its own"), first.site
     if len(uses) > 1:
@@ -244,16 +245,20 @@ def tapped_jacobian(
     has_aux: bool,
     chunk_size: int | None,
     form: str,
+    cut: bool = False,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Returns the losses, the auxiliary output and the Jacobian of every argument."""
+    """Returns the losses, the auxiliary output and the Jacobian of every argument.
+
+    With `cut` what each loss owns is pulled back once, however little that saves.
+    """
     traced = trace(losses_of, args, has_aux)
     leaves, treedef = jax.tree.flatten(args)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     program, consts = inline(traced.jaxpr)
-    cut = parts.cut_losses(program, len(leaves), traced.num_losses)
-    if cut is not None:
+    found = parts.cut_losses(program, len(leaves), traced.num_losses, always=cut)
+    if found is not None:
         outputs, jacobian = parts.jacobian(
-            cut[0], consts, leaves, (), traced.num_losses, chunk_size, form
+            found, consts, leaves, (), traced.num_losses, chunk_size, form
         )
         losses, aux = traced.join(outputs)
         return losses, aux, jax.tree.unflatten(treedef, jacobian)
