@@ -170,6 +170,25 @@ def jitted_networks():
     return losses, trunk(), batches(5, 5, 4)
 
 
+def columns_of_a_tied_table():
+    """Some losses own columns of what is a table of all in another place."""
+    params = {"table": normal(5, 9, WIDTH), "trunk": trunk()}
+
+    def losses(params, data):
+        tokens, x = data
+        features = net(params["trunk"], params["table"][tokens])
+        logits = features @ params["table"].T
+        return {
+            "columns": jnp.var(logits, axis=0)[:3],
+            "some": jnp.var(logits[:, 3:6]),
+            "view": [jnp.var(jnp.sin(params["table"].T[:, n : n + 4])) for n in (0, 4)],
+            "features": jnp.var(features),
+            "other": jnp.var(net(params["trunk"], x)),
+        }
+
+    return losses, params, (jnp.arange(5), normal(70, 5, WIDTH))
+
+
 PROBLEMS = (
     own_batches,
     points_of_three_kinds,
@@ -185,6 +204,7 @@ PROBLEMS = (
     weights_without_a_gradient,
     towers_that_share_kernels,
     jitted_networks,
+    columns_of_a_tied_table,
 )
 
 
@@ -236,7 +256,7 @@ def products(jaxpr):
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                total += products(inner)
+                total += products(inner) * equation.params.get("length", 1)
     return total
 
 
@@ -269,6 +289,73 @@ def test_work_in_units_of_a_plain_step(make, most):
 
     counts = [products(jax.make_jaxpr(fn)(params, data).jaxpr) for fn in (plain, jacobian)]
     assert counts[1] <= most * counts[0]
+
+
+@pytest.mark.parametrize("form", ["auto", pytest.param("factored", marks=pytest.mark.slow)])
+def test_trunk_and_heads_by_parts(form):
+    """The engines for a trunk with heads give the same with a form, however heads are written."""
+    with jax.enable_x64(True):
+        params = {"trunk": trunk(), "heads": [normal(80 + n, WIDTH, 3) for n in range(3)]}
+        x = normal(70, 5, WIDTH)
+
+        def features(kernels, x):
+            y = net(kernels, x)
+            return {"y": y, "mask": y > 0, "name": "trunk"}, {"mean": jnp.mean(y), "name": "aux"}
+
+        def head(kernel, features, x):
+            assert features["name"] == "trunk"
+            loss = jnp.var(jnp.where(features["mask"], features["y"], 0.1) @ kernel)
+            return loss, {"twice": 2 * loss}
+
+        def together(kernels, features, x):
+            found = [head(kernel, features, x) for kernel in kernels]
+            return jnp.stack([loss for loss, _ in found]), [aux for _, aux in found]
+
+        def results(heads_fn, params, x, **options):
+            options["has_aux"] = True
+            args = (params["trunk"], params["heads"], x)
+            engine = jaxjd.mtl_value_and_jacobian(features, heads_fn, **options)
+            (losses, aux), (jacobian, gradients) = engine(*args)
+            weights = jnp.arange(1.0, 4)
+            engine = jaxjd.mtl_value_and_gramian(features, heads_fn, **options)
+            (again, _), at_features, pullback = engine(*args)
+            assert aux[0].pop("name") == "aux"
+            return (
+                *(losses, aux, jaxjd.materialize(jacobian), jaxjd.gramian(jacobian), gradients),
+                *(again, at_features, pullback(weights)),
+            )
+
+        for heads_fn in ([head] * 3, together):
+            chunk_size = 1 if heads_fn is together else None
+            options = {"form": form, "chunk_size": chunk_size}
+            run = jax.jit(
+                lambda params, x, heads_fn=heads_fn, options=options: (
+                    results(heads_fn, params, x, **options),
+                    results(heads_fn, params, x),
+                )
+            )
+            assert_close(*run(params, x))
+        with pytest.raises(ValueError, match="`form` must be one of"):
+            jaxjd.mtl_value_and_jacobian(features, together, form="products")
+
+
+def test_work_of_one_function_for_all_heads():
+    _, params, x = heads_on_a_trunk()
+    head = lambda kernels, features, x: jnp.var(net(kernels, features))
+    each = lambda heads, features, x: [head(kernels, features, x) for kernels in heads]
+    counts = {}
+    for name, heads_fn in (("each", [head] * 3), ("together", each)):
+        for engine in (jaxjd.mtl_value_and_jacobian, jaxjd.mtl_value_and_gramian):
+
+            def run(params, x, engine=engine, heads_fn=heads_fn):
+                run_fn = engine(net, heads_fn, form="auto")
+                losses, *_ = run_fn(params["trunk"], params["heads"], x)
+                return losses, []
+
+            jaxpr = jax.make_jaxpr(run)(params, x)
+            counts[name, engine] = products(jaxpr.jaxpr)
+    for engine in (jaxjd.mtl_value_and_jacobian, jaxjd.mtl_value_and_gramian):
+        assert counts["each", engine] == counts["together", engine]
 
 
 def test_leaves_of_some_losses():

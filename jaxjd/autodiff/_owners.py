@@ -162,6 +162,8 @@ def owners_of(
         owners = reached[0]
         for other in reached[1:]:
             owners = Owners(tuple(sorted({*owners.all, *other.all})))
+        if len(owners.all) <= 1:  # What nobody owns along an axis has no cotangents.
+            owners = Owners(owners.all)
         parts = None
         if owners.are_apart and len(equation.outvars) == 1:
             parts = _operands(equation, owners, made)

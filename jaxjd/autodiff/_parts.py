@@ -246,7 +246,7 @@ class _Builder(NamedTuple):
                     operands.append(copy(var, None))
                 elif owners.axis is None:
                     operands.append(copy(var, owners.tasks[0]))
-                elif self.owners[var].are_apart:
+                elif len(self.owners[var].all) == 1:
                     operands.append(copy(var, self.owners[var].all[0]))
                 else:  # Its cotangents would meet: they are made from those of the output.
                     others[var] = None
