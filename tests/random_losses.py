@@ -229,6 +229,30 @@ def _losses_on_an_axis(rng, params, data):
     return jax.vmap(one)(xs, params["scales"], params["heads"], data["tokens"])
 
 
+def _losses_of_columns(rng, params, data):
+    """Each of some columns of a product, whose matrix may be tied to other places."""
+    x = _steps(rng, params, data, data["points"][rng.integers(DATA)], most=2)
+    matrix = _one_of(rng, params["kernels"])
+    kind = rng.integers(6)
+    if kind == 0:
+        y = x @ matrix.T + _row(x, _one_of(rng, params["rows"]))
+    elif kind == 1:
+        y = x @ params["table"].T
+    elif kind == 2:
+        y = jnp.einsum("rw,twv->rtv", x, params["heads"]).reshape(x.shape[0], -1)
+    elif kind == 3:
+        y = jnp.tanh(x @ matrix) * _row(x, _one_of(rng, params["rows"])) + x[:, ::-1]
+    elif kind == 4:
+        y = matrix[:, ::-1] * params["scale"] + _row(matrix, params["scales"])
+    else:
+        y = jnp.stack([x @ head for head in params["kernels"]], axis=1).reshape(x.shape[0], -1)
+    if rng.integers(2):
+        losses = jnp.mean(jnp.square(jnp.sin(y)), axis=0)
+        return [losses] if rng.integers(2) else [losses[:2], losses[2:]]
+    place = rng.integers(1, WIDTH)
+    return [jnp.var(y[:, :place]), jnp.var(y[:, place:]), jnp.mean(y[:1, : place + 1])]
+
+
 def _losses_one_by_one(rng, params, data):
     """Losses that start from points of their own, what is shared, or what others made."""
     pool = [_steps(rng, params, data, data["points"][0])]
@@ -290,8 +314,12 @@ def losses_of(seed):
 
     def losses_fn(params, data):
         rng = np.random.default_rng(seed)
-        kind = rng.integers(4)
-        if kind == 0:
+        kind = rng.integers(5)
+        if kind == 4:
+            losses = _losses_of_columns(rng, params, data)
+            if rng.integers(2):
+                losses = {"columns": losses, "rest": _losses_one_by_one(rng, params, data)}
+        elif kind == 0:
             losses = _losses_on_an_axis(rng, params, data)
             if rng.integers(2):
                 losses = [losses, _scalar(rng, _steps(rng, params, data, data["points"][0]))]
