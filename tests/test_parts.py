@@ -358,6 +358,28 @@ def test_work_of_one_function_for_all_heads():
         assert counts["each", engine] == counts["together", engine]
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_is_printed_is_printed_once(ordered, capsys):
+    def losses(params, xs):
+        found = []
+        for place, x in enumerate(xs):
+            y = net(params, x)
+            jax.debug.print("loss {} {}", place, jnp.round(jnp.sum(0 * y)), ordered=ordered)
+            found.append(jnp.var(y))
+        jax.debug.print("zero {}", jnp.round(0 * found[0]), ordered=ordered)
+        jax.debug.print("{}", params[1], ordered=ordered)
+        jax.debug.print("end", ordered=ordered)
+        return found
+
+    params, xs = [trunk()[0], jnp.ones((WIDTH, 1))], batches(5, 5)
+    _, jacobian = jaxjd.value_and_jacobian(losses, form="factored")(params, xs)
+    assert ordered or hasattr(jacobian[1], "arrays")  # What is printed is not used.
+    jax.effects_barrier()
+    lines = capsys.readouterr().out.replace("-", "").splitlines()
+    expected = ["loss 0 0.0", "loss 1 0.0", "zero 0.0", *str(params[1]).splitlines(), "end"]
+    assert (lines if ordered else sorted(lines)) == (expected if ordered else sorted(expected))
+
+
 def test_leaves_of_some_losses():
     losses, params, data = heads_on_a_trunk()
     losses_of = jaxjd.value_and_jacobian(losses, form="auto")

@@ -146,9 +146,11 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
     params = set(program.invars[:num_params])
     views: dict[Any, Any] = {}
     for equation in program.eqns:
-        first, result = variables([*equation.invars, *equation.outvars])[:1], equation.outvars[0]
-        is_of_param = bool(first) and (first[0] in params or first[0] in views)
-        if is_of_param and is_view(equation) and result not in roots:
+        if not is_view(equation):
+            continue
+        (source,), (result,) = equation.invars, equation.outvars
+        is_of_param = not isinstance(source, jex.Literal) and (source in params or source in views)
+        if is_of_param and result not in roots:
             views[result] = equation
     shared = {owners.all for owners in equations.values() if not owners.are_apart}
     order = [*sorted(shared, key=lambda tasks: (-len(tasks), tasks)), ()]
@@ -158,7 +160,7 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
     homes: dict[Any, int] = {}
     for number, equation in enumerate(program.eqns):
         reached = equations.get(number)
-        if equation.outvars[0] in views:
+        if any(var in views for var in equation.outvars):
             rank = -1
         elif reached is not None and reached.all:
             rank = ranks[() if reached.are_apart else reached.all]
@@ -366,7 +368,15 @@ def _run(
 
 
 def can_cut(program: Program, num_losses: int) -> bool:
-    """Whether a program can be cut: no loss is itself a parameter, and no mesh is explicit."""
+    """Whether a program can be cut.
+
+    No loss is itself a parameter, no mesh is explicit, and what has effects is neither needed for
+    a value, which might be computed twice, nor in an order, which parts do not keep.
+    """
+    for equation in program.eqns:
+        kinds = [type(effect).__name__ for effect in equation.effects]
+        if kinds and (equation.outvars or any("Ordered" in kind for kind in kinds)):
+            return False
     atoms = variables(program.outvars[:num_losses])
     avals = [var.aval for equation in program.eqns for var in equation.outvars]
     return set(atoms).isdisjoint(program.invars) and not any(map(is_explicit, avals))

@@ -239,6 +239,8 @@ def _find(jaxpr: Any, views: dict[Any, View], params: Any, uses: dict[int, list]
         operands = [None if isinstance(v, jex.Literal) else views.get(v) for v in equation.invars]
         if number not in alive or not any(view is not None for view in operands):
             continue
+        if not equation.outvars:  # It is printed.
+            continue
         name = equation.primitive.name
         if is_view(equation):
             views[equation.outvars[0]] = operands[0].step(equation)  # type: ignore[union-attr]
@@ -325,7 +327,7 @@ def live(jaxpr: Any) -> set[int]:
 
 
 def is_view(equation: Any) -> bool:
-    if len(equation.invars) != 1:
+    if len(equation.invars) != 1 or len(equation.outvars) != 1:
         return False
     name = equation.primitive.name
     source, target = equation.invars[0].aval, equation.outvars[0].aval
