@@ -208,6 +208,22 @@ PROBLEMS = (
 )
 
 
+# One of each way to own something; random programs have the others, too.
+QUICK = (
+    own_batches,
+    tasks_on_an_axis,
+    embeddings_of_tasks_on_an_axis,
+    losses_that_are_set,
+    columns_of_a_tied_table,
+)
+
+
+def some_are_slow(problems):
+    return [
+        make if make in QUICK else pytest.param(make, marks=pytest.mark.slow) for make in problems
+    ]
+
+
 def assert_close(found, expected):
     for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, wanted, rtol=1e-10, atol=1e-12)
@@ -230,7 +246,7 @@ def everything(losses, params, data, **options):
     ],
     ids=["auto", "factored", "one at a time"],
 )
-@pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", some_are_slow(PROBLEMS), ids=lambda make: make.__name__)
 def test_equals_jacrev(make, options):
     with jax.enable_x64(True):
         losses, params, data = make()
@@ -291,8 +307,15 @@ def test_work_in_units_of_a_plain_step(make, most):
     assert counts[1] <= most * counts[0]
 
 
-@pytest.mark.parametrize("form", ["auto", pytest.param("factored", marks=pytest.mark.slow)])
-def test_trunk_and_heads_by_parts(form):
+@pytest.mark.parametrize(
+    ("form", "as_one"),
+    [
+        ("auto", True),
+        pytest.param("auto", False, marks=pytest.mark.slow),
+        pytest.param("factored", True, marks=pytest.mark.slow),
+    ],
+)
+def test_trunk_and_heads_by_parts(form, as_one):
     """The engines for a trunk with heads give the same with a form, however heads are written."""
     with jax.enable_x64(True):
         params = {"trunk": trunk(), "heads": [normal(80 + n, WIDTH, 3) for n in range(3)]}
@@ -325,16 +348,15 @@ def test_trunk_and_heads_by_parts(form):
                 *(again, at_features, pullback(weights)),
             )
 
-        for heads_fn in ([head] * 3, together):
-            chunk_size = 1 if heads_fn is together else None
-            options = {"form": form, "chunk_size": chunk_size}
-            run = jax.jit(
-                lambda params, x, heads_fn=heads_fn, options=options: (
-                    results(heads_fn, params, x, **options),
-                    results(heads_fn, params, x),
-                )
+        heads_fn = together if as_one else [head] * 3
+        options = {"form": form, "chunk_size": 1 if as_one else None}
+        run = jax.jit(
+            lambda params, x: (
+                results(heads_fn, params, x, **options),
+                results(heads_fn, params, x),
             )
-            assert_close(*run(params, x))
+        )
+        assert_close(*run(params, x))
         with pytest.raises(ValueError, match="`form` must be one of"):
             jaxjd.mtl_value_and_jacobian(features, together, form="products")
 
