@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec
 
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import path_name, type_name
-from jaxjd.linalg.factored import FactoredLeaf
+from jaxjd.linalg.opaque import OpaqueLeaf
 from jaxjd.linalg.reduction import gather_leaf, mean_leaf
-from jaxjd.linalg.sharded import ShardedLeaf, is_checked, shard_axes, varying_axes
+from jaxjd.linalg.sharded import ShardedLeaf, is_checked, local_part, shard_axes, varying_axes
 from jaxjd.linalg.sharded import vary as _vary
 
 __all__ = ["gather_tasks", "parallel", "pmean_jacobian", "sharded", "vary"]
@@ -454,11 +454,9 @@ def _check_varying(path: Any, leaf: Any, axes: tuple[str, ...]) -> None:
 
 
 def _varying(leaf: Any) -> frozenset[str]:
-    if isinstance(leaf, ShardedLeaf):
-        leaf = leaf.local
-    if isinstance(leaf, FactoredLeaf):
-        return varying_axes(leaf.inputs) | varying_axes(leaf.cotangents)
-    return varying_axes(leaf)
+    leaf = local_part(leaf)
+    arrays = leaf.arrays if isinstance(leaf, OpaqueLeaf) else [leaf]
+    return frozenset().union(*map(varying_axes, arrays))
 
 
 def _loss_axes(losses: PyTree, axes: tuple[str, ...]) -> tuple[str, ...]:

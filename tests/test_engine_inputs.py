@@ -108,10 +108,17 @@ def test_one_loss_at_a_time_is_not_batched():
     expected = jax.jacrev(losses_of)(PARAMS, X)
     for losses in (fn, once):
         check(jax.jit(lambda p, f=losses: results(f, one, p, X, False, (1,)))(PARAMS), expected)
+
+    def shared(params, x):
+        found = one(params, x[0])
+        return [found, 2.0 * found, 3.0 * found]
+
     for form in FORMS:
+        if form in ("auto", "factored"):  # What each loss owns is never batched.
+            jaxjd.value_and_jacobian(fn, form=form)(PARAMS, X)
         for engine in (
-            jaxjd.value_and_jacobian(fn, form=form),
-            jaxjd.value_and_jacobian(fn, form=form, chunk_size=2),
+            jaxjd.value_and_jacobian(shared, form=form),
+            jaxjd.value_and_jacobian(shared, form=form, chunk_size=2),
             jaxjd.per_example_value_and_jacobian(one, form=form),
             jaxjd.per_example_value_and_gramian(one, form=form, chunk_size=2),
         ):

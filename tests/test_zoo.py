@@ -11,7 +11,7 @@ from jax import lax
 
 import jaxjd
 from jaxjd import labels
-from jaxjd.linalg import factored
+from jaxjd.linalg import factored, owned
 from jaxjd.linalg.algebra import count_tasks
 from jaxjd.linalg.layers import ConvolutionLayer
 from tests import zoo
@@ -103,31 +103,36 @@ def by_products(leaf):
     return leaf.layer.gramian(leaf, jnp.float32)
 
 
-def check_kinds(model, params, kinds):
-    """Every leaf that the row names is factored, and every other one is dense."""
-    matched = {
-        expression: {path for path in paths(params) if re.fullmatch(expression, path)}
-        for expression in model.factored
-    }
-    assert all(matched.values()), matched
-    which = {path for path, kind in zip(paths(params), kinds, strict=True) if kind}
-    assert which == set().union(*matched.values())
+def check_kinds(model, params, leaves):
+    """Every leaf that the row names is factored or owned, and every other one is dense."""
+    for expressions, kinds in (
+        (model.factored, factored.FactoredLeaf),
+        (model.owned, (owned.RowsLeaf, owned.BlocksLeaf)),
+    ):
+        matched = {
+            expression: {path for path in paths(params) if re.fullmatch(expression, path)}
+            for expression in expressions
+        }
+        assert all(matched.values()), matched
+        pairs = zip(paths(params), leaves, strict=True)
+        which = {path for path, leaf in pairs if isinstance(leaf, kinds)}
+        assert which == set().union(*matched.values())
 
 
 @pytest.mark.parametrize("model", ZOO, ids=by_model)
 def test_which_leaves_are_factored(model):
     """A primitive that JAX renames turns this red, and no leaf dense. Nothing is compiled."""
     losses_fn, params, x = model.build()
-    kinds = []
+    leaves = []
 
     def trace(params):
         fn = lambda params: losses_fn(params, x)
         engine = jaxjd.value_and_jacobian(fn, form="factored", has_aux=model.has_aux)
-        kinds.extend(map(is_factored, jax.tree.leaves(engine(params)[1])))
+        leaves.extend(jax.tree.leaves(engine(params)[1]))
         return ()
 
     jax.eval_shape(trace, params)
-    check_kinds(model, params, kinds)
+    check_kinds(model, params, leaves)
 
 
 # One of each mechanism of the pass; nothing that takes seconds to compile.
@@ -149,7 +154,7 @@ def test_equals_jacrev(model):
     fn = lambda params: losses_fn(params, x)
     options = {"has_aux": model.has_aux}
     without_aux = lambda losses: losses[0] if model.has_aux else losses
-    kinds = []
+    leaves = []
 
     @jax.jit
     def everything(params):
@@ -157,7 +162,7 @@ def test_equals_jacrev(model):
         for form in FORMS:
             losses, jacobian = jaxjd.value_and_jacobian(fn, form=form, **options)(params)
             found[form] = results_of_jacobian(without_aux(losses), jacobian)
-        kinds.extend(map(is_factored, jax.tree.leaves(jacobian)))
+        leaves.extend(jax.tree.leaves(jacobian))
         own = [by_products(leaf) for leaf in jax.tree.leaves(jacobian) if is_factored(leaf)]
         # The other methods are these forms with the same Gramian; `test_options` has them.
         engine = jaxjd.value_and_gramian(fn, form="products", **options)
@@ -170,11 +175,12 @@ def test_equals_jacrev(model):
     oracle = Oracle(losses, jacobian, model.tolerance)
     for what, results in found.items():
         oracle.check(results, what)
-    expected = [g for g, kind in zip(oracle.gramians, kinds, strict=True) if kind]
+    pairs = zip(oracle.gramians, leaves, strict=True)
+    expected = [g for g, leaf in pairs if is_factored(leaf)]
     if expected:
         assert_close(own, expected, model.tolerance, "Gramian by products")
 
-    check_kinds(model, params, kinds)
+    check_kinds(model, params, leaves)
 
 
 # Inside vmap and scan

@@ -23,6 +23,8 @@ class Model(NamedTuple):
         losses, and every leaf of `x` has a batch axis, of size 5.
       factored: Expressions for the paths of the leaves that the pass must find. All others must be
         dense.
+      owned: Expressions for the paths of the leaves of which only the rows, or the entries, of some
+        losses must be kept.
       has_aux: Whether the losses come with auxiliary output.
       tolerance: Of every result, relative to its largest entry.
     """
@@ -30,6 +32,7 @@ class Model(NamedTuple):
     name: str
     build: Callable[[], tuple[Callable, Any, Any]]
     factored: tuple[str, ...]
+    owned: tuple[str, ...] = ()
     has_aux: bool = False
     tolerance: float = 1e-5
 
@@ -621,7 +624,7 @@ def siamese_network_with_an_unused_parameter():
     return losses_fn, params, points()
 
 
-@model("free")
+@model(owned=("free",))
 def weight_decay_among_the_losses():
     decayed, free = kernels((6, 4), (4, 3))
 
@@ -767,3 +770,256 @@ def hypernetwork_with_a_frozen_copy():
         return errors(x @ params["out"] + 0.1 * target)
 
     return losses_fn, {"generator": generator, "out": out, "frozen": out + 1}, points()
+
+
+# What each loss owns
+
+
+def tanh_net(kernels, x):
+    for kernel in kernels:
+        x = jnp.tanh(x @ kernel)
+    return x
+
+
+def squared(x):
+    return jnp.mean((x - 0.3) ** 2)
+
+
+@model()
+def equation_on_three_sets_of_points():
+    first, second, out = kernels((2, 6), (6, 6), (6, 1))
+
+    def losses_fn(params, x):
+        value = lambda point: (tanh_net(params["hidden"], point) @ params["out"])[0]
+        inside, border, start = x[:, :2], x[:, 2:4], x[:, 4:]
+        residual = lambda point: jnp.trace(jax.hessian(value)(point)) - value(point)
+        return {
+            "equation": squared(jax.vmap(residual)(inside)),
+            "border": squared(jax.vmap(value)(border)),
+            "start": squared(jax.vmap(value)(start)),
+        }
+
+    return losses_fn, {"hidden": [first, second], "out": out}, points()
+
+
+@model("0", "1", "2")
+def domains_with_batches_of_unequal_sizes():
+    def losses_fn(params, x):
+        batches = (x[:1], x[1:3], x[2:], x[::2])
+        return jnp.stack([squared(tanh_net(params, batch)) for batch in batches])
+
+    return losses_fn, kernels((6, 8), (8, 8), (8, 3)), points()
+
+
+@model("trunk/0", "trunk/1", owned=("heads/[012]", "adapters/[01]"))
+def trunk_and_heads_with_shared_and_private_parts():
+    parts = kernels((6, 6), (6, 6), (6, 4), (6, 4), (6, 4), (6, 6), (6, 6))
+    params = {"trunk": parts[:2], "heads": parts[2:5], "adapters": parts[5:]}
+
+    def losses_fn(params, x):
+        features = tanh_net(params["trunk"], x)
+        common = features + tanh_net(params["adapters"][:1], features)
+        private = features + tanh_net(params["adapters"][1:], features)
+        first, second, third = params["heads"]
+        return [squared(common @ first), squared(common @ second), squared(private @ third)]
+
+    return losses_fn, params, points()
+
+
+@model("router", owned=("experts/[012]",))
+def experts_with_a_loss_each_and_a_balance():
+    parts = kernels((6, 4), (6, 4), (6, 4), (6, 3))
+    params = {"experts": parts[:3], "router": parts[3]}
+
+    def losses_fn(params, x):
+        routes = jax.nn.softmax(x @ params["router"])
+        outputs = [tanh_net([kernel], x) for kernel in params["experts"]]
+        fits = [squared(routes[:, n : n + 1] * y) for n, y in enumerate(outputs)]
+        return {"fits": fits, "balance": jnp.sum(jnp.mean(routes, axis=0) ** 2)}
+
+    return losses_fn, params, points()
+
+
+@model(owned=("head",))
+def siamese_towers_with_inputs_of_their_own():
+    first, second, head = kernels((6, 6), (6, 4), (4, 2))
+
+    def losses_fn(params, x):
+        tower = functools.partial(tanh_net, params["tower"])
+        anchor, near, far = tower(x), tower(x[:, ::-1]), tower(jnp.roll(x, 2, axis=0))
+        return (
+            jnp.mean((anchor - near) ** 2),
+            jnp.mean(jax.nn.relu(1 - jnp.sum((anchor - far) ** 2, axis=1))),
+            squared(far @ params["head"]),
+        )
+
+    return losses_fn, {"tower": [first, second], "head": head}, points()
+
+
+@model(owned=(r"(left|right)/\d",))
+def two_trunks():
+    parts = kernels((6, 6), (6, 4), (6, 6), (6, 4))
+
+    def losses_fn(params, x):
+        left, right = tanh_net(params["left"], x), tanh_net(params["right"], x)
+        return {"both": jnp.mean(left * right), "left": squared(left), "right": squared(right)}
+
+    return losses_fn, {"left": parts[:2], "right": parts[2:]}, points()
+
+
+@model("0", owned=("1", "2", "out"))
+def auxiliary_losses_at_several_depths():
+    first, second, third, out = kernels((6, 6), (6, 6), (6, 6), (6, 2))
+
+    def losses_fn(params, x):
+        depths = [tanh_net([params["0"]], x)]
+        for name in ("1", "2"):
+            depths.append(tanh_net([params[name]], depths[-1]))
+        return [squared(depths[0]), squared(depths[1]), squared(depths[2] @ params["out"])]
+
+    return losses_fn, {"0": first, "1": second, "2": third, "out": out}, points()
+
+
+@model("mix", owned=("head",))
+def embedding_tied_to_the_logits_of_one_loss():
+    table, mix, head = kernels((7, 6), (6, 6), (6, 2))
+
+    def losses_fn(params, tokens):
+        x = tanh_net([params["mix"]], params["table"][tokens])
+        logits = jax.nn.log_softmax(x @ params["table"].T)
+        picked = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)
+        return {
+            "next": -jnp.mean(picked),
+            "label": squared(jnp.mean(x, axis=1) @ params["head"]),
+            "size": 0.1 * squared(x),
+        }
+
+    return losses_fn, {"table": table, "mix": mix, "head": head}, tokens()
+
+
+@model("encode", owned=("node", "edge", "graph"))
+def graph_network_with_segment_sums():
+    encode, message, node, edge, graph = kernels((6, 6), (6, 6), (6, 1), (6, 1), (6, 1))
+    senders, receivers = jnp.array([0, 1, 2, 3, 4, 0, 2]), jnp.array([1, 2, 3, 4, 0, 2, 4])
+
+    def losses_fn(params, x):
+        x = tanh_net([params["encode"]], x)
+        for _ in range(2):
+            messages = tanh_net([params["message"]], x[senders % len(x)])
+            x = x + jax.ops.segment_sum(messages, receivers % len(x), num_segments=len(x))
+        pairs = x[senders % len(x)] * x[receivers % len(x)]
+        pooled = jnp.mean(x, axis=0, keepdims=True)
+        return {
+            "node": squared(x @ params["node"]),
+            "edge": squared(pairs @ params["edge"]),
+            "graph": squared(pooled @ params["graph"]),
+        }
+
+    names = {"encode": encode, "message": message, "node": node, "edge": edge, "graph": graph}
+    return losses_fn, names, points()
+
+
+@model(owned=("0", "1"))
+def a_constant_loss():
+    def losses_fn(params, x):
+        return {
+            "fit": squared(tanh_net(params, x)),
+            "less": squared(tanh_net(params[:1], x[:, ::-1])),
+            "off": 0.0,
+        }
+
+    return losses_fn, kernels((6, 8), (8, 3)), points()
+
+
+@model("down", owned=(r"up/\d",))
+def low_rank_adapters_on_a_frozen_base():
+    base, down, *up = kernels((6, 6), (6, 2), (2, 6), (2, 6), (2, 6))
+
+    def losses_fn(params, x):
+        low = x @ params["down"]
+        return [squared(jnp.tanh(x @ base + low @ kernel)) for kernel in params["up"]]
+
+    return losses_fn, {"down": down, "up": up}, points()
+
+
+@model("trunk", owned=("heads", "scales"))
+def heads_that_are_one_array():
+    trunk, heads = kernels((6, 6), (3, 6, 4))
+
+    def losses_fn(params, x):
+        features = tanh_net([params["trunk"]], x)
+        return [squared(params["scales"][n] * features @ params["heads"][n]) for n in range(3)]
+
+    return losses_fn, {"trunk": trunk, "heads": heads, "scales": draw(7, 3)}, points()
+
+
+@model("trunk/0", "trunk/1", owned=("heads", "codes"))
+def tasks_on_an_axis_with_heads_and_codes():
+    first, second, heads = kernels((6, 6), (6, 6), (3, 6, 2))
+
+    def losses_fn(params, x):
+        batches = jnp.stack([x, x[:, ::-1], jnp.roll(x, 1, axis=1)])
+
+        def one(x, head, code):
+            return squared(tanh_net(params["trunk"], x + jnp.sin(code)[None]) @ head)
+
+        return jax.vmap(one)(batches, params["heads"], params["codes"])
+
+    return losses_fn, {"trunk": [first, second], "heads": heads, "codes": draw(8, 3, 6)}, points()
+
+
+@model("encode", "mean", "spread", owned=("decode", "label"))
+def variational_autoencoder():
+    encode, mean, spread, decode, label = kernels((6, 6), (6, 3), (6, 3), (3, 6), (3, 2))
+
+    def losses_fn(params, x):
+        hidden = tanh_net([params["encode"]], x)
+        mean, log_scale = hidden @ params["mean"], hidden @ params["spread"]
+        noise = jax.random.normal(jax.random.key(5), mean.shape)
+        z = mean + jnp.exp(log_scale) * noise
+        return {
+            "fit": jnp.mean((z @ params["decode"] - x) ** 2),
+            "kl": jnp.mean(mean**2 + jnp.exp(2 * log_scale) - 1 - 2 * log_scale) / 2,
+            "label": squared(z @ params["label"]),
+        }
+
+    names = {"encode": encode, "mean": mean, "spread": spread, "decode": decode, "label": label}
+    return losses_fn, names, points()
+
+
+@model("torso", owned=("policy", "value"))
+def actor_and_critic():
+    torso, policy, value = kernels((6, 6), (6, 3), (6, 1))
+
+    def losses_fn(params, x):
+        features = tanh_net([params["torso"]], x)
+        logits = jax.nn.log_softmax(features @ params["policy"])
+        values = (features @ params["value"])[:, 0]
+        gain = lax.stop_gradient(1.0 - values)
+        return (
+            -jnp.mean(gain * logits[:, 0]),
+            squared(values),
+            jnp.mean(jnp.sum(jnp.exp(logits) * logits, axis=1)),
+        )
+
+    return losses_fn, {"torso": torso, "policy": policy, "value": value}, points()
+
+
+@model("stem", owned=("near/[01]", "far/[01]"))
+def convolutions_at_two_resolutions():
+    stem, *rest = kernels((3, 3, 2, 4), (3, 3, 4, 4), (4, 2), (3, 3, 4, 4), (4, 2))
+    params = {"stem": stem, "near": rest[:2], "far": rest[2:]}
+
+    def convolve(x, kernel, stride):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jnp.tanh(
+            lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", None, None, dims)
+        )
+
+    def losses_fn(params, x):
+        x = convolve(x, params["stem"], 1)
+        near = jnp.mean(convolve(x, params["near"][0], 1), axis=(1, 2)) @ params["near"][1]
+        far = jnp.mean(convolve(x, params["far"][0], 2), axis=(1, 2)) @ params["far"][1]
+        return jnp.zeros(3).at[0].set(squared(near)).at[2].set(squared(far)).at[1].set(squared(x))
+
+    return losses_fn, params, images()

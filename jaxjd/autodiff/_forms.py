@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxjd.autodiff._taps import Site, Taps
-from jaxjd.linalg.costs import Cost, dense_cost, factored_cost
+from jaxjd.linalg.costs import Cost, dense_cost, factored_cost, prefers_factors
 
 FORMS = ("dense", "auto", "factored")
 
@@ -46,7 +46,7 @@ def _choose(site: Site, m: int, form: str, per_task: bool) -> Choice:
     dense, factored = dense_cost(sizes), factored_cost(sizes)
     if form == "dense":
         return Choice("dense", False, "asked for", dense, factored)
-    keep = form == "factored" or factored.total < dense.total
+    keep = form == "factored" or prefers_factors(sizes)
     reason = "asked for" if form == "factored" else "cheaper"
     # XLA differentiates a convolution per task as a grouped one, which is slow on CPUs; and what
     # has inputs of its own per task is one batched product.

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxjd.autodiff import _parts as parts
 from jaxjd.autodiff._forms import Choice, check_form, choose
+from jaxjd.autodiff._owners import inline
 from jaxjd.autodiff._taps import Plan, Taps, evaluate, find, prune
 from jaxjd.autodiff._tasks import (
     batch_size,
@@ -20,6 +22,7 @@ from jaxjd.autodiff._tasks import (
 )
 from jaxjd.base import PyTree
 from jaxjd.checks import check_function
+from jaxjd.linalg.costs import prefers_factors
 from jaxjd.linalg.factored import FactoredLeaf
 
 _NEEDS_VALUES = (
@@ -202,8 +205,38 @@ def plan_jacobian(
     traced = trace(fn, (params, *args), has_aux)
     num_params = len(jax.tree.leaves(params))
     m = traced.num_tasks if size is None else size
-    parts = split(traced, num_params, m, form, per_task=per_example)
-    return parts.choices, parts.taps.sites, m
+    if size is None:
+        cut = parts.cut_losses(inline(traced.jaxpr)[0], num_params, traced.num_losses)
+        if cut is not None:
+            pairs = [_joined(uses, m) for uses in parts.uses(cut, num_params, form)]
+            sites = {number: site for number, (_, site) in enumerate(pairs) if site is not None}
+            return [choice for choice, _ in pairs], sites, m
+    whole = split(traced, num_params, m, form, per_task=per_example)
+    return whole.choices, whole.taps.sites, m
+
+
+def _joined(uses: Sequence[parts.Use], m: int) -> tuple[Choice, Any]:
+    """The form of a leaf that several parts use, and its layer if there is one."""
+    if not uses:
+        return Choice("dense", False, "not used"), None
+    first = uses[0]
+    if first.choice is None:
+        return Choice("dense", False, "each loss has entries of its own"), None
+    tasks = sorted({task for use in uses for task in use.tasks})
+    alone = len(uses) > 1 and all(use.site is not None and len(use.tasks) == 1 for use in uses)
+    if alone and len(tasks) == len(uses) and first.site is not None:
+        sizes = first.site.sizes(len(tasks), per_task=True)
+        keep = first.choice.reason == "asked for" or prefers_factors(sizes)
+        form, reason = ("factored", first.choice.reason) if keep else ("dense", "cheaper")
+        return Choice(form, True, f"{reason}, each loss has inputs of its own"), first.site
+    if len(uses) > 1:
+        return Choice("dense", False, f"used by {len(uses)} parts"), None
+    if len(tasks) == m:
+        return first.choice, first.site
+    some = ", ".join(map(str, tasks))
+    return first.choice._replace(
+        reason=f"{first.choice.reason}, for losses {some} only"
+    ), first.site
 
 
 def tapped_jacobian(
@@ -212,14 +245,26 @@ def tapped_jacobian(
     has_aux: bool,
     chunk_size: int | None,
     form: str,
+    cut: bool = False,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Returns the losses, the auxiliary output and the Jacobian of every argument."""
+    """Returns the losses, the auxiliary output and the Jacobian of every argument.
+
+    With `cut` what each loss owns is pulled back once, however little that saves.
+    """
     traced = trace(losses_of, args, has_aux)
     leaves, treedef = jax.tree.flatten(args)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    parts = split(traced, len(leaves), traced.num_tasks, form)
-    losses, pull_back, aux, inputs = parts.vjp(leaves)
+    program, consts = inline(traced.jaxpr)
+    found = parts.cut_losses(program, len(leaves), traced.num_losses, always=cut)
+    if found is not None:
+        outputs, jacobian = parts.jacobian(
+            found, consts, leaves, (), traced.num_losses, chunk_size, form
+        )
+        losses, aux = traced.join(outputs)
+        return losses, aux, jax.tree.unflatten(treedef, jacobian)
+    whole = split(traced, len(leaves), traced.num_tasks, form)
+    losses, pull_back, aux, inputs = whole.vjp(leaves)
     dense, cotangents = map_tasks(pull_back, losses, chunk_size)
-    jacobian = parts.jacobian(dense, inputs, cotangents)
+    jacobian = whole.jacobian(dense, inputs, cotangents)
     losses, aux = traced.join([*losses, *aux])
     return losses, aux, jax.tree.unflatten(treedef, jacobian)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from jaxjd.linalg.factored import FactoredLeaf
 from jaxjd.linalg.layers import ConvolutionLayer, EmbeddingLayer, Layer
 
 # Calls that run in place: nothing hangs on their boundary but how XLA cuts its functions.
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 _CHECKPOINTS = {"remat", "remat2", "checkpoint"}
 # Linear functions of one array that keep inner products, if they keep the number of entries or
 # leave some out.
@@ -135,8 +135,7 @@ class Site(NamedTuple):
     def is_explicitly_sharded(self) -> bool:
         """Whether the layer's shardings are part of its types."""
         avals = [var.aval for var in (*self.equation.invars, *self.equation.outvars)]
-        meshes = [getattr(getattr(aval, "sharding", None), "mesh", None) for aval in avals]
-        return any(AxisType.Explicit in mesh.axis_types for mesh in meshes if mesh is not None)
+        return any(map(is_explicit, avals))
 
     def leaf(
         self, inputs: jax.Array, cotangents: jax.Array, per_task: bool = False
@@ -168,6 +167,22 @@ class Site(NamedTuple):
 
         jax.eval_shape(look, inputs, cotangents)
         return found[0]
+
+
+class Recorder(NamedTuple):
+    """An equation with a tap whose operands are recorded, whatever it is.
+
+    Attributes:
+      key: The tap's name.
+    """
+
+    key: Hashable
+
+
+def is_explicit(aval: Any) -> bool:
+    """Whether the sharding over an explicit mesh is part of a type."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
 
 
 class Taps(NamedTuple):
@@ -219,15 +234,17 @@ def prune(plan: Plan, leaves: Any) -> Plan:
 
 def _find(jaxpr: Any, views: dict[Any, View], params: Any, uses: dict[int, list]) -> Plan:
     plan: Plan = {}
-    live = _live(jaxpr)
+    alive = live(jaxpr)
     for number, equation in enumerate(jaxpr.eqns):
         operands = [None if isinstance(v, jex.Literal) else views.get(v) for v in equation.invars]
-        if number not in live or not any(view is not None for view in operands):
+        if number not in alive or not any(view is not None for view in operands):
+            continue
+        if not equation.outvars:  # It is printed.
             continue
         name = equation.primitive.name
-        if _is_view(equation):
+        if is_view(equation):
             views[equation.outvars[0]] = operands[0].step(equation)  # type: ignore[union-attr]
-        elif name in _CALLS or name in _CHECKPOINTS or name == "scan":
+        elif name in CALLS or name in _CHECKPOINTS or name == "scan":
             plan[number] = _find_inside(equation, operands, params, uses)
         else:
             known = [(place, view) for place, view in enumerate(operands) if view is not None]
@@ -247,7 +264,7 @@ def _find(jaxpr: Any, views: dict[Any, View], params: Any, uses: dict[int, list]
 
 
 def _find_inside(equation: Any, operands: list, params: Any, uses: dict[int, list]) -> Plan:
-    inner = _inner(equation)
+    inner = inner_of(equation)
     views = {}
     scan = _scan(equation)
     for place, (var, view) in enumerate(zip(inner.invars, operands, strict=True)):
@@ -286,31 +303,31 @@ def _scan(equation: Any) -> _Scan | None:
     return _Scan(consts, consts + carry, params["length"])
 
 
-def _inner(equation: Any) -> Any:
+def inner_of(equation: Any) -> Any:
     """The jaxpr that an equation calls, without its constants."""
     name = equation.primitive.name
-    inner = equation.params[_CALLS.get(name, "jaxpr")]
+    inner = equation.params[CALLS.get(name, "jaxpr")]
     return getattr(inner, "jaxpr", inner)
 
 
-def _constants(equation: Any) -> Sequence[Any]:
-    return getattr(equation.params[_CALLS.get(equation.primitive.name, "jaxpr")], "consts", ())
+def constants_of(equation: Any) -> Sequence[Any]:
+    return getattr(equation.params[CALLS.get(equation.primitive.name, "jaxpr")], "consts", ())
 
 
-def _live(jaxpr: Any) -> set[int]:
+def live(jaxpr: Any) -> set[int]:
     """The equations that an output or an effect depends on."""
     needed = {var for var in jaxpr.outvars if not isinstance(var, jex.Literal)}
-    live = set()
+    alive = set()
     for number in reversed(range(len(jaxpr.eqns))):
         equation = jaxpr.eqns[number]
         if equation.effects or any(var in needed for var in equation.outvars):
-            live.add(number)
+            alive.add(number)
             needed.update(var for var in equation.invars if not isinstance(var, jex.Literal))
-    return live
+    return alive
 
 
-def _is_view(equation: Any) -> bool:
-    if len(equation.invars) != 1:
+def is_view(equation: Any) -> bool:
+    if len(equation.invars) != 1 or len(equation.outvars) != 1:
         return False
     name = equation.primitive.name
     source, target = equation.invars[0].aval, equation.outvars[0].aval
@@ -507,16 +524,16 @@ def evaluate(
     consts: Sequence[Any],
     args: Sequence[Any],
     plan: Plan,
-    taps: Mapping[int, jax.Array],
-) -> tuple[list[Any], dict[int, jax.Array]]:
+    taps: Mapping[Any, jax.Array],
+) -> tuple[list[Any], dict[Any, Any]]:
     """Runs a jaxpr with taps added at the sites of a plan.
 
     Returns:
       The outputs, and the inputs of every tapped layer, by the number of its parameter.
     """
     values: dict[Any, Any] = {}
-    inputs: dict[int, jax.Array] = {}
-    live = _live(jaxpr)
+    inputs: dict[Any, Any] = {}
+    alive = live(jaxpr)
 
     def read(var: Any) -> Any:
         return var.val if isinstance(var, jex.Literal) else values[var]
@@ -524,12 +541,17 @@ def evaluate(
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
     for number, equation in enumerate(jaxpr.eqns):
-        if number not in live:
+        if number not in alive:
             continue
         operands = [read(var) for var in equation.invars]
         entry = plan.get(number)
         if entry is None:
             results = bind(equation, operands)
+        elif isinstance(entry, Recorder):
+            inputs[entry.key] = operands
+            (output,) = bind(equation, operands)
+            with context_of(equation):
+                results = [output + taps[entry.key]]
         elif isinstance(entry, Site):
             leaf = entry.view.leaf
             inputs[leaf] = operands[1 - entry.position]
@@ -556,7 +578,7 @@ def _evaluate_inside(
     equation: Any, operands: Sequence[Any], plan: Plan, taps: dict[int, jax.Array]
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     name, params = equation.primitive.name, equation.params
-    inner, consts = _inner(equation), _constants(equation)
+    inner, consts = inner_of(equation), constants_of(equation)
 
     def run(operands: Sequence[Any], taps: dict[int, jax.Array]) -> tuple[list, dict]:
         return evaluate(inner, consts, operands, plan, taps)

@@ -31,7 +31,7 @@ class LeafReport(NamedTuple):
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
-      >>> losses = lambda w, x: ((x @ w) ** 2).mean(axis=0)
+      >>> losses = lambda w, x: ((x @ w) ** 2).mean(axis=0).cumsum()
       >>> (leaf,) = jaxjd.diagnostics.explain_jacobian(
       ...     losses, jnp.ones((512, 256)), jnp.ones((8, 512)), quiet=True
       ... )
@@ -84,7 +84,8 @@ def explain_jacobian(
     Example:
       >>> import jax.numpy as jnp, jaxjd
       >>> def losses(params, x):
-      ...     return ((x @ params["kernel"] + params["bias"][None]) ** 2).mean(axis=0)[:4]
+      ...     y = ((x @ params["kernel"] + params["bias"][None]) ** 2).mean(axis=0)
+      ...     return y.cumsum()[:4]
       >>> params = {"kernel": jnp.ones((512, 256)), "bias": jnp.ones(256)}
       >>> leaves = jaxjd.diagnostics.explain_jacobian(losses, params, jnp.ones((8, 512)))
       leaf    shape    form      layer   why          dense: flops  bytes  factored: flops  bytes

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_weights, leaf_names, path_name, type_name
 from jaxjd.linalg.factored import FactoredLeaf
+from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf, spread
 from jaxjd.linalg.sharded import (
     local_part,
     local_rows,
@@ -317,6 +318,10 @@ def all_finite(tree: PyTree) -> jax.Array:
 def _leaf_is_finite(leaf: Any) -> jax.Array:
     if isinstance(leaf, FactoredLeaf):
         return leaf.all_finite()
+    if isinstance(leaf, RowsLeaf):
+        return _leaf_is_finite(leaf.rows)
+    if isinstance(leaf, BlocksLeaf):
+        return _leaf_is_finite(leaf.blocks)
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.all(jnp.isfinite(leaf))
     return jnp.ones((), bool)
@@ -330,6 +335,15 @@ def _require_leaves(jacobian: Jacobian, name: str) -> None:
 def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
     """The inner products of what this device holds of two leaves."""
     leaf_1, leaf_2 = local_part(leaf_1), local_part(leaf_2)
+    if isinstance(leaf_1, RowsLeaf) or isinstance(leaf_2, RowsLeaf):
+        (rows_1, tasks_1), (rows_2, tasks_2) = _own_rows(leaf_1), _own_rows(leaf_2)
+        found = jnp.zeros((len(tasks_1), len(tasks_2)), dtype)
+        if found.size:
+            found = _leaf_product(rows_1, rows_2, dtype)
+        found = spread(found, tasks_1, leaf_1.shape[0], 0)
+        return spread(found, tasks_2, leaf_2.shape[0], 1)
+    if isinstance(leaf_1, BlocksLeaf) and leaf_1 is leaf_2:
+        return leaf_1.gramian(dtype)
     if isinstance(leaf_1, FactoredLeaf) and leaf_1 is leaf_2:
         return leaf_1.gramian(dtype)
     if isinstance(leaf_1, FactoredLeaf) and isinstance(leaf_2, FactoredLeaf):
@@ -355,9 +369,20 @@ def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
     ).astype(dtype)
 
 
+def _own_rows(leaf: Any) -> tuple[Any, tuple[int, ...]]:
+    """The rows of a leaf that need not be zero, and their numbers."""
+    if isinstance(leaf, RowsLeaf):
+        return leaf.rows, leaf.tasks
+    return leaf, tuple(range(leaf.shape[0]))
+
+
 def _leaf_combination(weights: jax.Array, leaf: Any) -> jax.Array:
     leaf = local_part(leaf)
-    if isinstance(leaf, FactoredLeaf):
+    if isinstance(leaf, RowsLeaf):
+        if not leaf.tasks:
+            return jnp.zeros(leaf.shape[1:], leaf.dtype)
+        return _leaf_combination(weights[jnp.asarray(leaf.tasks, jnp.int32)], leaf.rows)
+    if isinstance(leaf, (FactoredLeaf, BlocksLeaf)):
         return leaf.combine(weights)
     leaf = jnp.asarray(leaf)
     dtype = jnp.result_type(jnp.float32, weights.dtype, leaf.dtype)

@@ -111,6 +111,17 @@ def factored_cost(sizes: Sizes) -> Cost:
     return combination.plus(min(gramian_costs(sizes), key=lambda cost: cost.total))
 
 
+def prefers_factors(sizes: Sizes) -> bool:
+    """Whether factors are cheaper than a dense leaf, or the memory of that is out of proportion.
+
+    Where every task has inputs of its own, dense rows save one product of the three that a plain
+    step takes, which is not worth more memory than that of the factors.
+    """
+    if sizes.per_task and sizes.tasks * sizes.entries > sizes.factor_entries:
+        return True
+    return factored_cost(sizes).total < dense_cost(sizes).total
+
+
 def gramian_costs(sizes: Sizes) -> tuple[Cost, Cost]:
     """The costs of a factored leaf's Gramian from its factors, and from a transient dense leaf."""
     transient = materialize_cost(sizes).plus(dense_gramian_cost(sizes))

@@ -55,6 +55,11 @@ class FactoredLeaf(OpaqueLeaf):
         self.per_task = per_task
 
     @property
+    def arrays(self) -> list[jax.Array]:
+        """What it is made of."""
+        return [self.inputs, self.cotangents]
+
+    @property
     def sizes(self) -> Sizes:
         """The sizes that decide about its Gramian."""
         return self.layer.sizes(self.inputs, self.cotangents, self.per_task)
@@ -63,8 +68,7 @@ class FactoredLeaf(OpaqueLeaf):
         """The inner products of the rows, shape ``(m, m)``."""
         kernel, transient = gramian_costs(self.sizes)
         if transient.total < kernel.total:
-            rows = self._rows()  # Not rounded to the parameter's dtype.
-            return product(rows, rows, contract=range(1, self.ndim), dtype=dtype)
+            return self.layer.gramian_of_rows(self, dtype)
         return self.layer.gramian(self, dtype)
 
     def cross_gramian(self, other: FactoredLeaf, dtype: Any) -> jax.Array | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.linalg.costs import Sizes
+from jaxjd.linalg.sharded import vary, varying_axes
 
 
 class Factors(Protocol):
@@ -105,6 +106,19 @@ class Layer:
             others = [axis for axis in range(kernel.ndim) if axis not in (batch, second)]
             return jnp.sum(kernel, axis=others)
         kernel = self.kernel(leaf_1.inputs, leaf_2.inputs, dtype, tasks=0)
+        if kernel.size <= b_2[0].size:
+            # A kernel for each task: then no cotangents are transposed.
+            kernels = jnp.broadcast_to(kernel, (b_2.shape[0], *kernel.shape))
+            second = tuple(range(1 + batch + rows, 1 + batch + 2 * rows))
+            contract, shared = tuple(range(1 + batch, 1 + batch + rows)), tuple(range(1 + batch))
+            moved = lax.dot_general(
+                kernels,
+                b_2,
+                ((second, contract), (shared, shared)),
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+            )
+            return product(b_1, moved, contract=range(1, b_1.ndim), dtype=dtype)
         # Rows before tasks: then each product is one matrix product per entry of the batch.
         tasks_last = [*range(1, 1 + batch + rows), 0, *range(1 + batch + rows, b_1.ndim)]
         b_1, b_2 = b_1.transpose(tasks_last), b_2.transpose(tasks_last)
@@ -124,6 +138,34 @@ class Layer:
         outputs = range(batch + rows + 1, b_1.ndim)
         pairs = product(b_1, moved, contract=outputs, batch=range(batch + rows), dtype=dtype)
         return jnp.sum(pairs, axis=tuple(range(batch + rows)))
+
+    def gramian_of_rows(self, leaf: Factors, dtype: Any) -> jax.Array:
+        """The same from rows that are written out.
+
+        Where every task has inputs of its own, a stretch of the inputs at a time: the rows that are
+        there at once have no more entries than the factors.
+        """
+        if not leaf.per_task:
+            return _gramian_of_all_rows(self, leaf, dtype)
+        sizes = self.sizes(leaf.inputs, leaf.cotangents, per_task=True)
+        each = sizes.tasks * sizes.batch * sizes.outputs
+        most = max(sizes.factor_entries // max(each, 1), 8)
+        chunk = max(n for n in range(1, sizes.inputs + 1) if sizes.inputs % n == 0 and n <= most)
+        start = 1 + self.batch
+        end = start + self.rows
+
+        def part_of(inputs: jax.Array) -> jax.Array:
+            contract, batch = range(start, end), range(start)
+            rows = product(inputs, leaf.cotangents, contract=contract, batch=batch)
+            return product(rows, rows, contract=range(1, rows.ndim), dtype=dtype)
+
+        split = (*leaf.inputs.shape[:end], sizes.inputs // chunk, chunk)
+        parts = jnp.moveaxis(leaf.inputs.reshape(split), end, 0)
+        if chunk == sizes.inputs:
+            return part_of(parts[0])
+        axes = varying_axes(leaf.inputs) | varying_axes(leaf.cotangents)
+        total = vary(jnp.zeros((sizes.tasks, sizes.tasks), dtype), sorted(axes))
+        return lax.scan(lambda total, part: (total + part_of(part), None), total, parts)[0]
 
     def kernel(self, a_1: jax.Array, a_2: jax.Array, dtype: Any, tasks: int) -> jax.Array:
         """Inner products of inputs, shape ``(*batch, [m,] *rows, [m',] *rows')``."""
@@ -159,6 +201,12 @@ class Layer:
     def pull_each(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         """The gradients of all tasks, each from inputs of its own."""
         return jax.vmap(self.pull)(inputs, cotangents)
+
+
+def _gramian_of_all_rows(layer: Layer, leaf: Factors, dtype: Any) -> jax.Array:
+    pull = layer.pull_each if leaf.per_task else layer.pull_all
+    rows = pull(leaf.inputs, leaf.cotangents)  # Not rounded to the parameter's dtype.
+    return product(rows, rows, contract=range(1, rows.ndim), dtype=dtype)
 
 
 class ConvolutionLayer(Layer):
@@ -259,6 +307,10 @@ class ConvolutionLayer(Layer):
         total = jnp.zeros(like.shape, like.dtype)
         return lax.scan(lambda total, part: (total + part_of(part), None), total, stacked)[0]
 
+    def gramian_of_rows(self, leaf: Factors, dtype: Any) -> jax.Array:
+        """Inner products of rows that are written out."""
+        return _gramian_of_all_rows(self, leaf, dtype)
+
     def pull_each(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         """The gradients of all tasks, a few of them at a time."""
         plain = super().pull
@@ -310,6 +362,10 @@ class EmbeddingLayer(Layer):
         cotangents = cotangents.reshape(cotangents.shape[0], count, -1)
         sums = jnp.zeros_like(cotangents).at[:, first].add(cotangents)
         return product(sums, sums, contract=(1, 2), dtype=dtype)
+
+    def gramian_of_rows(self, leaf: Factors, dtype: Any) -> jax.Array:
+        """Inner products of rows that are written out."""
+        return _gramian_of_all_rows(self, leaf, dtype)
 
     def kernel(self, a_1: jax.Array, a_2: jax.Array, dtype: Any, tasks: int) -> jax.Array:
         """Which indices are equal."""

@@ -42,6 +42,15 @@ class OpaqueLeaf(metaclass=_Opaque):
         self.dtype = jnp.dtype(dtype)
 
     @property
+    def arrays(self) -> list[Any]:
+        """What it is made of."""
+        raise NotImplementedError
+
+    def materialize(self) -> Any:
+        """The dense leaf, shape ``(m, *param.shape)``."""
+        raise NotImplementedError
+
+    @property
     def ndim(self) -> int:
         """The number of axes, the task axis included."""
         return len(self.shape)

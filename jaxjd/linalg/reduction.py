@@ -12,7 +12,8 @@ from jax import lax
 from jaxjd.linalg.costs import Cost, Sizes, dense_cost, factored_cost
 from jaxjd.linalg.factored import FactoredLeaf
 from jaxjd.linalg.layers import ConvolutionLayer
-from jaxjd.linalg.sharded import is_checked, vary
+from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf
+from jaxjd.linalg.sharded import is_checked, local_rows, vary
 
 # What sending one byte to another device costs in floating point operations: links between
 # accelerators are about ten times slower than their memory.
@@ -50,6 +51,10 @@ def _sent(count: int) -> Cost:
 
 def mean_leaf(leaf: Any, axes: tuple[str, ...], count: int) -> Any:
     """Sums a leaf over the devices of some axes and divides by a number."""
+    if isinstance(leaf, RowsLeaf):
+        return leaf.with_arrays(mean_leaf(leaf.rows, axes, count))
+    if isinstance(leaf, BlocksLeaf):
+        return leaf.with_arrays(mean_leaf(leaf.blocks, axes, count))
     if isinstance(leaf, FactoredLeaf):
         if not axes:
             return _with_factors(leaf, leaf.inputs, leaf.cotangents / count)
@@ -73,7 +78,7 @@ def gather_leaf(leaf: Any, axes: tuple[str, ...]) -> Any:
         if leaf.per_task:
             return _with_factors(leaf, gather(leaf.inputs, axes), gather(leaf.cotangents, axes))
         leaf = leaf.materialize()
-    return gather(leaf, axes)
+    return gather(local_rows(leaf), axes)
 
 
 def gather(array: jax.Array, axes: tuple[str, ...], axis: int = 0) -> jax.Array:

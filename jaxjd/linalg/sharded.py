@@ -16,7 +16,6 @@ from jax import lax
 
 from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import path_name
-from jaxjd.linalg.factored import FactoredLeaf
 from jaxjd.linalg.opaque import OpaqueLeaf
 
 
@@ -58,7 +57,7 @@ def local_rows(leaf: Any) -> jax.Array:
     For what treats every entry on its own; what sums entries needs `sum_leaves`.
     """
     leaf = local_part(leaf)
-    return leaf.materialize() if isinstance(leaf, FactoredLeaf) else jnp.asarray(leaf)
+    return leaf.materialize() if isinstance(leaf, OpaqueLeaf) else jnp.asarray(leaf)
 
 
 def num_shards(leaf: Any) -> int:
