@@ -203,7 +203,9 @@ def test_mgda_is_the_smallest_point_of_the_hull(m):
     np.testing.assert_allclose(batch.weights.sum(axis=1), 1, rtol=1e-5)
     square = np.sum(batch.update**2, axis=1)
     short = square[:, None] - batch.improvements * batch.lengths
-    assert (short <= ULPS * batch.eps * batch.terms[:, None] * batch.lengths).all()
+    # Next to singular matrices the solution that the weights are made of is long compared with
+    # them, and the solver aims two of its ulps to the inside, which the bounds of long rows need.
+    assert (short <= 2 * ULPS * batch.eps * batch.terms[:, None] * batch.lengths).all()
 
 
 @each_m(3)

@@ -55,7 +55,7 @@ def min_norm_weights_of(gramian: jax.Array, counts: jax.Array) -> jax.Array:
     both = counts[:, None] & counts[None, :]
     unit = unit_diagonal(jnp.where(both, gramian, 0))
     inverse = unit.inverse_lengths * unit.shortest()
-    x = nonnegative_qp(unit.cosines, -inverse[None, :], inside=False)[0]
+    x = nonnegative_qp(unit.cosines, -inverse[None, :], inside=2)[0]
     z = x * inverse
     total = jnp.sum(z)
     weights = z / jnp.where(total > 0, total, 1)

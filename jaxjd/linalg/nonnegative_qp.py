@@ -36,7 +36,7 @@ _LARGE = 2.0  # Relative to the linear term.
 _CHUNK_ELEMENTS = 1 << 25  # Elements of the stacked (k, m, m) systems that may exist at once.
 
 
-def nonnegative_qp(cosines: jax.Array, linear: jax.Array, *, inside: bool = True) -> jax.Array:
+def nonnegative_qp(cosines: jax.Array, linear: jax.Array, *, inside: int = 4) -> jax.Array:
     """Solves a batch of quadratic programs over the nonnegative orthant.
 
     Args:
@@ -44,7 +44,7 @@ def nonnegative_qp(cosines: jax.Array, linear: jax.Array, *, inside: bool = True
         singular; then `linear` should lie in the range of `C` for a bounded problem. An unbounded
         one gives a large finite `x`, close to a multiple of a direction of recession.
       linear: One linear term per row, shape ``(k, m)``.
-      inside: Whether to aim a few ulps to the inside of ``y >= 0``, as where `y` is a conflict.
+      inside: By how many ulps of `x` to aim to the inside of ``y >= 0``.
 
     Returns:
       The solutions, shape ``(k, m)``. Differentiable in both modes with respect to both arguments
@@ -58,12 +58,12 @@ def nonnegative_qp(cosines: jax.Array, linear: jax.Array, *, inside: bool = True
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _solve(inside: bool, cosines: jax.Array, linear: jax.Array) -> jax.Array:
+def _solve(inside: int, cosines: jax.Array, linear: jax.Array) -> jax.Array:
     return solve_from(cosines, linear, jnp.maximum(-linear, 0), inside=inside)
 
 
 @_solve.defjvp
-def _solve_jvp(inside: bool, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _solve_jvp(inside: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     # On the support S: C_SS x_S = -q_S, so C_SS dx_S = -(dq + dC x)_S; zero elsewhere.
     cosines, linear = primals
     cosines_dot, linear_dot = tangents
@@ -91,7 +91,7 @@ def approximate(
 # Under jit, so that calls outside of jit do not compile the loops anew.
 @functools.partial(jax.jit, static_argnames="inside")
 def solve_from(
-    cosines: jax.Array, linear: jax.Array, start: jax.Array, *, inside: bool = True
+    cosines: jax.Array, linear: jax.Array, start: jax.Array, *, inside: int = 4
 ) -> jax.Array:
     """`nonnegative_qp` from a guess, for solvers that call it in a loop; without derivatives.
 
@@ -119,7 +119,7 @@ def solve_from(
     return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
 
 
-def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array, inside: bool) -> jax.Array:
+def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array, inside: int) -> jax.Array:
     near = jnp.max(start, axis=1, keepdims=True) <= 1
     found, easy = approximate(cosines, linear, jnp.where(near, start, jnp.maximum(-linear, 0)))
     support = found > 0
@@ -148,7 +148,7 @@ def _polish(
     linear: jax.Array,
     x: jax.Array,
     solve: Callable[[jax.Array], jax.Array],
-    inside: bool,
+    inside: int,
 ) -> jax.Array:
     """Solves once more on the known support by `solve`, as exactly as the dtype allows.
 
@@ -158,21 +158,15 @@ def _polish(
     it should: in a (nearly) singular problem there may be no inside.
     """
     scale = jnp.linalg.norm(x, axis=1, keepdims=True)
-    margin = 4 * jnp.finfo(x.dtype).eps * scale
+    margin = inside * jnp.finfo(x.dtype).eps * scale
     # The two corrections are small, so their relative errors are harmless.
     residual = -linear - matmul(x, cosines)
-    candidates = [x + solve(residual)]
-    steps = [candidates[0] - x]
-    if inside:
-        nudge = solve(jnp.broadcast_to(margin, x.shape))
-        candidates.append(candidates[0] + nudge)
-        steps.append(10 * nudge)
-    stacked = jnp.stack(candidates)
-    gradients = matmul(stacked, cosines) + linear[None]
+    solution, nudge = x + solve(residual), solve(jnp.broadcast_to(margin, x.shape))
+    candidates = jnp.stack([solution, solution + nudge])
+    steps = jnp.stack([solution - x, 10 * nudge])
+    gradients = matmul(candidates, cosines) + linear[None]
     limit = jnp.maximum(jnp.max(residual, axis=1, keepdims=True), margin)
     # A step that is large or leaves a worse conflict is not rounding.
-    excess = jnp.maximum(-gradients - limit[None], jnp.abs(jnp.stack(steps)) - 0.1 * scale[None])
-    good = jnp.all((stacked >= 0) & (excess <= 0), axis=2, keepdims=True)
-    for number, candidate in enumerate(candidates):
-        x = jnp.where(good[number], candidate, x)
-    return x
+    excess = jnp.maximum(-gradients - limit[None], jnp.abs(steps) - 0.1 * scale[None])
+    good = jnp.all((candidates >= 0) & (excess <= 0), axis=2, keepdims=True)
+    return jnp.where(good[1], candidates[1], jnp.where(good[0], solution, x))
