@@ -98,7 +98,7 @@ def own_metadata():
     jax.config.update(name, before)
 
 
-# Pages whose examples take longest to compile.
+# Pages and modules whose examples take longest to compile.
 SLOW_PAGES = {
     "chains.md",
     "diagnostics.md",
@@ -106,6 +106,7 @@ SLOW_PAGES = {
     "engines.md",
     "frameworks.md",
     "pareto-fronts.md",
+    "sharding.py",
 }
 
 
@@ -113,7 +114,7 @@ SLOW_PAGES = {
 def pytest_collection_modifyitems(items):
     """A page has no place for a mark; it gets it before `-m` chooses."""
     for item in items:
-        if item.path.parent.name == "docs" and item.path.name in SLOW_PAGES:
+        if item.path.parent.name in ("docs", "jaxjd") and item.path.name in SLOW_PAGES:
             item.add_marker("slow")
 
 

@@ -159,7 +159,10 @@ def losses_of(model):
     return fn
 
 
-@pytest.mark.parametrize("form", ["dense", "auto", "factored", "products"])
+FORMS = ("dense", "auto", "factored", "products")
+
+
+@pytest.mark.parametrize("form", registry.slow_but({"dense", "auto"}, FORMS))
 def test_engines(form, dtype, monkeypatch):
     monkeypatch.setattr(ConvolutionLayer, "_PATCH_BYTES", 1)
     model = Model(dtype)

@@ -84,10 +84,10 @@ def assert_a_loop(method: Method, found, expected: list) -> None:
             np.testing.assert_allclose(a, b, rtol=0, atol=BOUND * largest)
 
 
-SOLVED = {"cagrad", "dualproj", "fairgrad", "gradvac", "imtl_g", "pcd"}
+SOLVED = {"aligned_mtl", "cagrad", "dualproj", "fairgrad", "gradvac", "imtl_g", "mgda", "pcd"}
 NAMED_QUICK = slow_but({method.name for method in NAMED} - SOLVED, WEIGHTINGS)
 """By default the methods by name; what is made of them is slow, and of the solvers all but those
-of UPGrad, MGDA, ConFIG, Nash-MTL and Aligned-MTL."""
+of UPGrad, ConFIG and Nash-MTL."""
 
 
 @pytest.mark.parametrize("method", NAMED_QUICK, ids=by_name)

@@ -236,6 +236,7 @@ def certificate_of(name):
         for name in ("cagrad(2)", "conflict_free", "fairgrad(2)", "pcd")
     ],
 )
+@pytest.mark.slow
 def test_wrong_answers_have_a_large_residual(name):
     with jax.enable_x64():
         answer, residual = certificate_of(name)
@@ -291,6 +292,7 @@ def test_rows_of_all_lengths_count_alike():
             )
 
 
+@pytest.mark.slow
 def test_zero_rows():
     G = jnp.diag(jnp.array([1.0, 0.0]))
     u = jnp.array([0.5, 0.5])

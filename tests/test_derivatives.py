@@ -53,7 +53,7 @@ SIZES = (pytest.param(2, marks=pytest.mark.slow), 6)
 STEP = 3e-5
 
 # One of each implicit rule.
-QUICK = {"aligned_mtl", "cagrad", "conflict_free", "mgda", "nash_mtl", "upgrad"}
+QUICK = {"aligned_mtl", "cagrad", "conflict_free", "nash_mtl", "upgrad"}
 all_cases = pytest.mark.parametrize("name", CASES)
 most_slow = pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 

@@ -154,6 +154,7 @@ def test_the_gap_tells_stationary_points(kind):
 POWERS = {"predicted_change": 2, "gap": 1}
 
 
+@pytest.mark.slow
 def test_functions_are_batched_scale_free_and_let_nan_through():
     J = np.random.default_rng(3).standard_normal((4, 3, 6))
     J[1, 2] = 0
@@ -567,6 +568,7 @@ def test_monitored_keeps_the_diagnostics_and_changes_nothing():
         check_fields(state, jacobian, direction, 0.5)
 
 
+@pytest.mark.slow
 def test_monitored_without_weights_and_with_conflicts():
     jacobian = jnp.asarray([[4.0, 0.0, 0.0], [-1.0, 0.1, 0.0]])
     for make in (jaxjd.mean, jaxjd.graddrop):
@@ -795,6 +797,7 @@ def area(points: np.ndarray, reference: np.ndarray) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_hypervolume():
     rng = np.random.default_rng(0)
     reference = np.array([1.0, 1.5])

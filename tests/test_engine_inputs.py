@@ -179,6 +179,7 @@ def test_no_basis_of_all_tasks():
     assert memory.temp_size_in_bytes < 4 * m * 20
 
 
+@pytest.mark.slow
 def test_leaves_without_entries():
     params = {**PARAMS, "empty": jnp.zeros((0,)), "rows": jnp.zeros((0, 2))}
 
@@ -203,6 +204,7 @@ def test_leaves_without_entries():
             assert not rows.any()
 
 
+@pytest.mark.slow
 def test_losses_that_are_numbers():
     for off in (0.0, 0, jnp.zeros(())):
 
@@ -258,6 +260,7 @@ class Report:
     steps: int
 
 
+@pytest.mark.slow
 def test_auxiliary_output_of_any_kind():
     report = Report("run", 3)
 
@@ -310,6 +313,7 @@ def test_control_flow_on_values():
         assert isinstance(error.value.__cause__, jax.errors.ConcretizationTypeError)
 
 
+@pytest.mark.slow
 def test_features_that_are_not_differentiable():
     mask = jnp.array([True, False, True])
 

@@ -2132,6 +2132,7 @@ def adam_first():
     return tx, step
 
 
+@pytest.mark.slow
 def test_an_optimizer_before_the_aggregator_changes_its_state():
     tx, step = adam_first()
     with jax.numpy_rank_promotion("allow"):  # As in a user's program.

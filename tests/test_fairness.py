@@ -231,6 +231,7 @@ def test_pcd_solves_its_quadratic_program(tau, m):
         assert (weights >= 0).all()
 
 
+@pytest.mark.slow
 def test_pcd_takes_one_tau_per_secondary_task():
     (J,) = generic(4, 1, seed=70)
     J[1:] -= J[0]  # So that constraints are active.

@@ -71,6 +71,7 @@ def test_algebra():
     close(jaxjd.cross_gramian(DENSE, other[0]), jaxjd.cross_gramian(DENSE, other[1]))
 
 
+@pytest.mark.slow
 def test_cross_gramian_of_layers_that_use_a_parameter_differently():
     x = jax.random.normal(jax.random.key(5), (4, 6))
     plain = lambda w: jnp.mean((x @ w) ** 2, axis=0)
@@ -111,8 +112,8 @@ def test_every_aggregator_takes_factored_leaves(method):
     assert results["dense"] == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), PARAMS)
 
 
-# What reads a Gramian, a Jacobian, losses, two batches and groups.
-QUICK = {"excess_mtl", "gradnorm", "graddrop", "grouped(modo)", "mean", "modo", "trimmed_mean"}
+# What reads a Gramian and losses, a Jacobian, and two batches in groups.
+QUICK = {"excess_mtl", "gradnorm", "grouped(modo)", "trimmed_mean"}
 
 
 @pytest.mark.parametrize("method", slow_but(QUICK, AGGREGATORS), ids=by_name)
@@ -264,6 +265,7 @@ def test_products_are_in_full_precision():
         assert dot.params["preferred_element_type"] == jnp.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_factors_accumulate_in_float32():
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     jacobian = jacobian_of("factored", low, X.astype(jnp.bfloat16))
@@ -391,6 +393,7 @@ def head(kernel, features, x):
 
 
 @pytest.mark.parametrize("single", [False, True])
+@pytest.mark.slow
 def test_gramian_at_the_features(single):
     m = 4
     kernels = [jax.random.normal(jax.random.key(10 + n), (8,)) for n in range(m)]

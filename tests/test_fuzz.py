@@ -175,6 +175,7 @@ def test_updates_have_the_structure_shapes_and_dtypes_of_the_parameters(method, 
 
 @fuzzed(300)
 @hypothesis.given(method=st.sampled_from(ALL), data=st.data())
+@pytest.mark.slow
 def test_a_damaged_jacobian_is_a_value_error_that_names_the_leaf(method, data):
     params = data.draw(params_trees.filter(lambda tree: jax.tree.leaves(tree)))
     bad = data.draw(damaged(params, 3))
@@ -255,6 +256,7 @@ JITTED = jaxjd.weighted(jaxjd.Weighting(MGDA.init, jax.jit(MGDA.update)), num_ta
 
 @fuzzed(12)
 @hypothesis.given(params=params_trees, seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_updates_belong_to_the_logged_weights(params, seed):
     jacobian = filled(rows_of(params, 3), seed)
     updates, state = JITTED.update(jacobian, JITTED.init(params), params)

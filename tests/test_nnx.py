@@ -368,6 +368,7 @@ def test_heads_with_auxiliary_output():
 
 
 @pytest.mark.parametrize("form", ["dense", "auto"])
+@pytest.mark.slow
 def test_per_example_losses(form):
     model = Net()
     model.eval()

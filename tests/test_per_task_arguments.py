@@ -10,6 +10,7 @@ import pytest
 
 import jaxjd
 from jaxjd import weightings
+from tests.registry import slow_but
 
 GRAMIAN = jnp.array([[2.0, -0.5, 0.3], [-0.5, 1.0, 0.1], [0.3, 0.1, 1.5]])
 JACOBIAN = jnp.linalg.cholesky(GRAMIAN)
@@ -68,7 +69,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = {"upgrad", "constant", "sdmgrad", "cr_mogm", "graddrop", "momentum_conflict_free"}
+
+
+@pytest.mark.parametrize("method", slow_but(QUICK, METHODS))
 def test_the_layout_of_the_losses_is_read_in_tree_order(method):
     expected = METHODS[method](jnp.array(NUMBERS))
     for layout in LAYOUTS.values():

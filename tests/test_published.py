@@ -71,6 +71,7 @@ def test_some_stop_at_stationary_points_that_are_not_optimal(method, stops):
     assert (np.abs(paths[~arrived, -1]).min(axis=1) < 0.2).all()
 
 
+@pytest.mark.slow
 def test_quadratic_forms_and_their_pareto_set():
     problem = trajectories.PROBLEMS["convex quadratic forms"]
     jacobians = jax.vmap(jax.jacrev(problem.losses_fn))(
@@ -101,6 +102,7 @@ def test_volume_of_three_losses():
 
 
 @pytest.mark.parametrize(("name", "total"), [("DTLZ1", 0.5), ("DTLZ2", 1.0)])
+@pytest.mark.slow
 def test_fronts_of_three_losses(name, total):
     """A plane and a sphere, where the last variables are at their best."""
     problem = pareto_fronts.THREE_LOSSES[name]
@@ -112,6 +114,7 @@ def test_fronts_of_three_losses(name, total):
     assert (worse.sum() if name == "DTLZ1" else jnp.linalg.norm(worse)) > 1.1 * total
 
 
+@pytest.mark.slow
 def test_shifted_sums_are_depthwise_convolutions():
     key_x, key_kernel = jax.random.split(jax.random.key(0))
     x = jax.random.normal(key_x, (2, 6, 5, 3))

@@ -332,6 +332,7 @@ def run_of(scalarizer, losses, state):
     slow_but({"cosmos", "dwa", "famo", "imtl_l", "random", "stch(warm-up)"}, ROWS),
     ids=lambda row: row.name,
 )
+@pytest.mark.slow
 def test_scan_and_vmap_equal_a_python_loop(row):
     """Over losses and all hyper-parameters at once."""
     state = row.make().init(M)

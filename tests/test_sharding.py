@@ -263,6 +263,7 @@ def test_shard_map(layout, checked):
     ],
     ids=["two", "all", "entrywise"],
 )
+@pytest.mark.slow
 def test_methods_on_a_mesh_of_data_and_model(names, checked):
     check(run_in_shard_map("both", list(names), checked))
 
@@ -364,6 +365,7 @@ def test_tasks_with_heads_and_auxiliary_output():
 
 
 @pytest.mark.parametrize("form", slow_but({"factored"}, ["dense", "factored"]))
+@pytest.mark.slow
 def test_a_task_for_each_example(form):
     def loss(params, x, y):
         return losses_fn(params, x[None], y[None]).sum()
@@ -508,6 +510,7 @@ def test_a_factored_leaf_is_sent_in_the_cheaper_way():
     assert sum(one.sent for one in collectives(gathered)) < sent / 2
 
 
+@pytest.mark.slow
 def test_the_formulas_of_the_page_are_those_of_compiled_programs():
     for name, (counted, found) in communication.measure().items():
         assert found == counted, name

@@ -207,6 +207,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("solver", ["dual cone", "min norm"])
+@pytest.mark.slow
 def test_derivatives_against_finite_differences(solver):
     rng = np.random.default_rng(4)
 

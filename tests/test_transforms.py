@@ -52,7 +52,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", slow_but({"ema", "scale_by_adam", "chain", "inject"}, TRANSFORMS))
 def test_per_task_is_the_transformation_of_every_row(name):
     plain, num_tasks, steps = TRANSFORMS[name](), 2, 3
     tx = jaxjd.per_task(TRANSFORMS[name](), num_tasks)

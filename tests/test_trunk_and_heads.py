@@ -116,6 +116,7 @@ def test_per_task_leaves_plain_gradients_as_they_are(inner):
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
 
 
+@pytest.mark.slow
 def test_monitored_diagnoses_the_rows_of_the_trunk():
     around = monitored(split(), M, learning_rate=0.1)
     updates, found = around.update(MIXED, around.init(PARAMS), PARAMS)

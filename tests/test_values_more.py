@@ -686,6 +686,7 @@ def test_momentum_conflict_free_keeps_float32_moments_of_bfloat16_parameters():
 
 
 @pytest.mark.parametrize("single", [True, False])
+@pytest.mark.slow
 def test_momentum_conflict_free_goes_to_the_pareto_front(single):
     # Two ellipses: at the front their gradients are opposite.
     scales = jnp.array([[1.0, 5.0], [30.0, 3.0]])
