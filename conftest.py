@@ -63,6 +63,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -83,6 +84,13 @@ def pytest_configure(config):
     for (_, path), size in zip(files, total, strict=True):
         if size > CACHE_BYTES:
             path.unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def print_options():
+    """Examples set them, and the next ones in the same process start from the usual ones."""
+    with np.printoptions():
+        yield
 
 
 @pytest.fixture
