@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import jaxjd
 from jaxjd import labels, scalarizers, weightings
 from tests.registry import NAMED, UNWEIGHTED, VARIANTS, WRAPPED, Method
+from tests.rounding import float16_works
 
 
 def fuzzed(examples):
@@ -37,7 +38,7 @@ class Pair(NamedTuple):
     right: Any
 
 
-FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", *(["float16"] if float16_works() else []))
 OTHERS = ("int32", "uint8", "bool", "complex64", "float8_e4m3fn", jax.random.key(0).dtype)
 NAMES = ("a", "b", "w/x", "value")
 
