@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxjd.linalg.pivoting import cholesky_solve
 from jaxjd.linalg.precision import matmul, ridge
 from jaxjd.linalg.scaling import unit_diagonal
 
@@ -69,12 +70,6 @@ def _newton(
     return lax.linalg.cholesky(system), jnp.exp(log_a - log_y), residual, a
 
 
-def _factor_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
-    right = lax.linalg.triangular_solve(factor, right[:, None], left_side=True, lower=True)
-    right = lax.linalg.triangular_solve(factor, right, left_side=True, lower=True, transpose_a=True)
-    return right[:, 0]
-
-
 @jax.custom_jvp
 def _solve(cosines: jax.Array, log_scales: jax.Array, p: jax.Array) -> jax.Array:
     """Returns `log u`."""
@@ -92,7 +87,7 @@ def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     pull = jnp.exp(log_scales - p * log_u)
     moved = pull * ((1 + p) * log_scales_dot - p_dot * log_u)
     moved = moved - matmul(cosines_dot, jnp.exp(log_y))
-    log_y_dot = _factor_solve(factor, a * moved) * scales
+    log_y_dot = cholesky_solve(factor, a * moved) * scales
     return log_u, log_y_dot - log_scales_dot
 
 
@@ -112,7 +107,7 @@ def _search(cosines: jax.Array, log_scales: jax.Array, p: jax.Array) -> jax.Arra
         count, log_u, last, singular, _ = carry
         matrix = jnp.where(singular, ridged, cosines)
         factor, scales, residual, a = _newton(matrix, log_scales, p, log_u)
-        move = -_factor_solve(factor, a * residual) * scales
+        move = -cholesky_solve(factor, a * residual) * scales
         size = jnp.max(jnp.abs(move))
         # How much the curvature changes depends on the relative size of the step alone.
         log_u = log_u + move * jnp.minimum(1, _LONGEST_STEP / size)

@@ -107,7 +107,6 @@ def solve_from(
     # In units of the largest entry, rounded to a power of two: exact, and no square underflows.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
     linear = jnp.ldexp(linear, -exponent)
-    # From far away nothing would be found: rounding is relative to the point.
     start = jnp.ldexp(start, -exponent)
     if cosines.shape[0] <= _FEW:
         found, solve = solve_by_support(cosines, linear, start)
@@ -120,6 +119,7 @@ def solve_from(
 
 
 def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array, inside: int) -> jax.Array:
+    # From far away nothing would be found: rounding is relative to the point.
     near = jnp.max(start, axis=1, keepdims=True) <= 1
     found, easy = approximate(cosines, linear, jnp.where(near, start, jnp.maximum(-linear, 0)))
     support = found > 0

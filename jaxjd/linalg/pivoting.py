@@ -30,10 +30,10 @@ def support_solver(cosines: jax.Array, support: jax.Array, refinements: int = 2)
     wherever `C_SS` is not singular.
     """
     mask = support.astype(cosines.dtype)
-    factors = _factorize(cosines, support)
+    factors = factorize(cosines, support)
 
     def apply(b: jax.Array) -> jax.Array:
-        return _cholesky_solve(factors, b * mask) * mask
+        return cholesky_solve(factors, b * mask) * mask
 
     def solve(b: jax.Array) -> jax.Array:
         x = apply(b)
@@ -60,7 +60,7 @@ def solve_on_support(cosines: jax.Array, support: jax.Array, right: jax.Array) -
     k, m = support.shape
     eye = jnp.eye(m, dtype=cosines.dtype)
     # A pivot is a row's squared distance to the span of those before it, with rounding and ridge.
-    pivots = jnp.square(jnp.diagonal(_factorize(cosines, support), axis1=1, axis2=2))
+    pivots = jnp.square(jnp.diagonal(factorize(cosines, support), axis1=1, axis2=2))
     base = support & ~(pivots <= 2 * m * ridge(cosines.dtype))
     combine = support_solver(cosines, base, refinements=0)
     columns = jnp.broadcast_to(cosines[:, None, :], (m, k, m))
@@ -69,11 +69,11 @@ def solve_on_support(cosines: jax.Array, support: jax.Array, right: jax.Array) -
     spread = rest + eye[None] * base[:, :, None]
 
     right = matmul(right[:, None, :], spread)[:, 0]
-    right = support_solver(cosines, base)(_cholesky_solve(factor, right))
-    return matmul(spread, _cholesky_solve(factor, right)[..., None])[..., 0]
+    right = support_solver(cosines, base)(cholesky_solve(factor, right))
+    return matmul(spread, cholesky_solve(factor, right)[..., None])[..., 0]
 
 
-def _factorize(cosines: jax.Array, support: jax.Array) -> jax.Array:
+def factorize(cosines: jax.Array, support: jax.Array) -> jax.Array:
     """A Cholesky factor of ``C_SS`` with a ridge, and of the identity outside of `S`."""
     mask = support.astype(cosines.dtype)
     eye = jnp.eye(cosines.shape[0], dtype=cosines.dtype)
@@ -82,7 +82,8 @@ def _factorize(cosines: jax.Array, support: jax.Array) -> jax.Array:
     return lax.linalg.cholesky(systems)
 
 
-def _cholesky_solve(factors: jax.Array, b: jax.Array) -> jax.Array:
+def cholesky_solve(factors: jax.Array, b: jax.Array) -> jax.Array:
+    """Solves for right sides of shape ``(..., m)``, given Cholesky factors ``(..., m, m)``."""
     b = b[..., None]
     b = lax.linalg.triangular_solve(factors, b, left_side=True, lower=True)
     b = lax.linalg.triangular_solve(factors, b, left_side=True, lower=True, transpose_a=True)

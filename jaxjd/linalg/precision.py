@@ -18,6 +18,6 @@ def ridge(dtype: jnp.dtype) -> jax.Array:
 
 
 def rounding_level(x: jax.Array, linear: jax.Array) -> jax.Array:
-    """The rounding level of ``C x + q`` per row, for a unit-diagonal `C`, shape ``(k, 1)``."""
-    scale = jnp.linalg.norm(x, axis=1) + jnp.max(jnp.abs(linear), axis=1)
-    return (16 * jnp.finfo(x.dtype).eps * scale)[:, None]
+    """The rounding level of ``C x + q`` per row, for a unit-diagonal `C`, shape ``(..., 1)``."""
+    scale = jnp.linalg.norm(x, axis=-1) + jnp.max(jnp.abs(linear), axis=-1)
+    return (16 * jnp.finfo(x.dtype).eps * scale)[..., None]

@@ -13,6 +13,7 @@ its last step until the others are.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxjd.linalg.pivoting import cholesky_solve, factorize
 from jaxjd.linalg.precision import matmul, ridge, rounding_level
 
 CLOSED_FORM = 3  # Variables.
@@ -55,12 +57,11 @@ def _try_all(ridged: jax.Array, linear: jax.Array, _: jax.Array) -> tuple[jax.Ar
     x = solve(right)
     x = x + solve(right - _times(x, ridged))
     gradient = _times(x, ridged) - right
-    wrong = jnp.max(jnp.where(supports, -x, -gradient), axis=2)
-    scale = jnp.max(jnp.abs(x), axis=2) + jnp.max(jnp.abs(right), axis=2)
-    wrong = wrong - 16 * jnp.finfo(x.dtype).eps * scale
-    wrong = jnp.maximum(wrong, 0) / jnp.where(scale > 0, scale, 1)
+    wrong = jnp.max(jnp.where(supports, -x, -gradient), axis=2, keepdims=True)
+    level = rounding_level(x, right)
+    wrong = jnp.maximum(wrong - level, 0) / jnp.where(level > 0, level, 1)
     choice = jnp.argmin(wrong, axis=0)
-    taken = (jnp.arange(len(masks))[:, None] == choice[None, :])[:, :, None]
+    taken = jnp.arange(len(masks))[:, None, None] == choice[None]
     # A sum over one term each.
     x = jnp.sum(jnp.where(taken, jnp.maximum(x, 0), 0), axis=0)
     return x, _eliminate(ridged, jnp.any(taken & supports, axis=0))
@@ -108,29 +109,15 @@ def _active_set(
     ridged: jax.Array, linear: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, Callable]:
     k, m = linear.shape
-    eye = jnp.eye(m, dtype=ridged.dtype)
 
-    def factorize(support: jax.Array) -> jax.Array:
-        mask = support.astype(ridged.dtype)
-        # One more ridge: rounding makes a singular matrix indefinite.
-        diagonal = 1 - mask + mask * ridge(ridged.dtype)
-        both = mask[:, :, None] * mask[:, None, :]
-        return lax.linalg.cholesky(both * ridged[None] + eye[None] * diagonal[:, None, :])
-
-    def solver(factor: jax.Array, support: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        def solve(right: jax.Array) -> jax.Array:
-            x = jnp.where(support, right, 0)[..., None]
-            x = lax.linalg.triangular_solve(factor, x, left_side=True, lower=True)
-            x = lax.linalg.triangular_solve(factor, x, left_side=True, lower=True, transpose_a=True)
-            return x[..., 0]
-
-        return solve
+    def solve(factor: jax.Array, support: jax.Array, right: jax.Array) -> jax.Array:
+        return cholesky_solve(factor, jnp.where(support, right, 0))
 
     def step(carry: tuple) -> tuple:
         count, x, support, _, _, fewest, _ = carry
-        factor = factorize(support)
-        solve = solver(factor, support)
-        solution = solve(-linear)
+        # With one more ridge: rounding makes a singular matrix indefinite.
+        factor = factorize(ridged, support)
+        solution = solve(factor, support, -linear)
         gradient = matmul(solution, ridged) + linear
         # Towards the solution on the support, up to the first bound; drop what hits it.
         blocked = support & (solution <= 0)
@@ -159,4 +146,4 @@ def _active_set(
     fewest = jnp.full((k, 1), m + 1)
     carry = (0, start, support, support, factor, fewest, jnp.zeros((), bool))
     _, x, _, support, factor, _, _ = lax.while_loop(unfinished, step, carry)
-    return jnp.maximum(x, 0), solver(factor, support)
+    return jnp.maximum(x, 0), functools.partial(solve, factor, support)
