@@ -12,9 +12,8 @@ from jax import lax
 
 from jaxjd.aggregators import weighted
 from jaxjd.autodiff import value_and_jacobian
-from jaxjd.autodiff._gramian import Groups
+from jaxjd.autodiff._gramian import Groups, pull_weights
 from jaxjd.autodiff._jacobian import arguments, check_argnums
-from jaxjd.autodiff._tasks import count_losses, spread, vjp
 from jaxjd.base import CrossGramianWeighting, PyTree, Weighting
 from jaxjd.checks import check_function, check_state, check_static_int, type_name
 from jaxjd.grouping import grouped
@@ -151,7 +150,7 @@ def aggregated_value_and_grad(
         state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
     ) -> tuple[tuple[Any, PyTree], AggregatedGradState]:
         check_state("`aggregated_value_and_grad`", state, AggregatedGradState)
-        _, chosen = arguments(losses_fn, numbers, args, kwargs)
+        losses_of, chosen = arguments(losses_fn, numbers, args, kwargs)
         params = chosen[0] if single else tuple(chosen)
 
         def whole(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
@@ -166,19 +165,12 @@ def aggregated_value_and_grad(
             return values, gradient, inner
 
         def backward(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
-            losses_of, chosen = arguments(losses_fn, numbers, args, kwargs)
-            losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
             groups = Groups.of(labels, params)
+            losses, aux, _, pullback = pull_weights(losses_of, chosen, single, has_aux, groups)
             weights = inner.weights
             if labels is not None:
                 weights = dict(zip(groups.names, weights, strict=True))
-
-            def pull_back(weights: jax.Array) -> PyTree:
-                gradient = pull(spread(weights, losses))
-                return gradient[0] if single else gradient
-
-            gradient = groups.spread(weights, count_losses(losses), pull_back)
-            return ((losses, aux) if has_aux else losses), gradient, inner
+            return ((losses, aux) if has_aux else losses), pullback(weights), inner
 
         if reads_pair and (cross_args is None or argnums != 0):
             raise ValueError(

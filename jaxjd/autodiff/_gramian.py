@@ -195,10 +195,8 @@ def _by_products(
 ) -> Callable[..., tuple[Any, Any, Pullback]]:
     def value_and_gramian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
         losses_of, chosen = arguments(fn, numbers, args, kwargs)
-        for arg in chosen:
-            check_differentiable(arg)
-        losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
         groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
+        losses, aux, pull, pullback = pull_weights(losses_of, chosen, single, has_aux, groups)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
         numbers_of_tasks = jnp.arange(count_losses(losses))
         # Not jax.linearize: functions with a rule for the backward pass only have no other.
@@ -236,17 +234,36 @@ def _by_products(
         gramians = map_tasks(column, losses, chunk_size)
         # The two halves are rounded differently.
         gramians = jax.tree.map(lambda matrix: (matrix + matrix.T) / 2, gramians)
-
-        def pull_back(weights: jax.Array) -> Any:
-            gradient = pull(spread(weights, losses))
-            return gradient[0] if single else gradient
-
-        def pullback(weights: Any) -> PyTree:
-            return groups.spread(weights, count_losses(losses), pull_back)
-
         return ((losses, aux) if has_aux else losses), gramians, pullback
 
     return value_and_gramian_fn
+
+
+def pull_weights(
+    losses_of: Callable[..., Any],
+    chosen: Sequence[PyTree],
+    single: bool,
+    has_aux: bool,
+    groups: Groups,
+) -> tuple[Any, Any, Callable[[PyTree], Any], Pullback]:
+    """Runs a function of the chosen arguments once, to be pulled back.
+
+    Returns:
+      The losses; the auxiliary output; what takes cotangents of the losses to gradients of all
+      arguments; and what takes weights, of every group if there are groups, to one gradient.
+    """
+    for arg in chosen:
+        check_differentiable(arg)
+    losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
+
+    def pull_back(weights: jax.Array) -> Any:
+        gradient = pull(spread(weights, losses))
+        return gradient[0] if single else gradient
+
+    def pullback(weights: Any) -> PyTree:
+        return groups.spread(weights, count_losses(losses), pull_back)
+
+    return losses, aux, pull, pullback
 
 
 def _runs(fn: Callable[..., Any], *args: Any) -> bool:
