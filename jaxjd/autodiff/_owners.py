@@ -142,7 +142,7 @@ def differentiable(program: Program, num_params: int) -> set[Any]:
 
 
 def owners_of(
-    program: Program, wanted: set[Any], losses: Mapping[Any, Owners]
+    program: Program, wanted: set[Any], losses: Mapping[Any, Owners], made: Mapping[Any, Any]
 ) -> tuple[dict[Any, Owners], dict[int, Owners]]:
     """Finds the owners of variables and of equations, by their number.
 
@@ -150,10 +150,10 @@ def owners_of(
       program: The equations.
       wanted: The variables to look at.
       losses: The owners of variables that are losses.
+      made: The equation that makes each variable.
     """
     known = dict(losses)
     equations: dict[int, Owners] = {}
-    made = {var: equation for equation in program.eqns for var in equation.outvars}
     for number in reversed(range(len(program.eqns))):
         equation = program.eqns[number]
         reached = [known[var] for var in equation.outvars if var in wanted and var in known]

@@ -44,7 +44,8 @@ from jaxjd.autodiff._taps import (
 from jaxjd.autodiff._tasks import map_in_chunks, vary_like
 from jaxjd.linalg.costs import prefers_factors
 from jaxjd.linalg.factored import FactoredLeaf
-from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf, spread
+from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf, scatter
+from jaxjd.linalg.sharded import local_rows
 
 Tasks = tuple[int, ...]
 
@@ -116,12 +117,14 @@ class Cut(NamedTuple):
       parts: In the order in which they run.
       before: The equations that come before all parts: views, and what depends on no parameter.
       owners: The owners of variables.
+      made: The equation that makes each variable.
     """
 
     program: Program
     parts: list[Part]
     before: list[Any]
     owners: dict[Any, Owners]
+    made: dict[Any, Any]
 
 
 def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequence[int]) -> Cut:
@@ -140,7 +143,8 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
             owners = along(0, tasks) if len(atom.aval.shape) == 1 else Owners(tasks)
             other = roots.get(atom)
             roots[atom] = Owners(tuple(sorted({*other.all, *tasks}))) if other else owners
-    owners, equations = owners_of(program, wanted, roots)
+    made = {var: equation for equation in program.eqns for var in equation.outvars}
+    owners, equations = owners_of(program, wanted, roots, made)
 
     # A view of a parameter belongs to whichever part needs it: there it can be undone.
     params = set(program.invars[:num_params])
@@ -171,10 +175,9 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
             before.append(equation)
         else:
             numbers[rank].append(number)
-    made = {var: equation for equation in program.eqns for var in equation.outvars}
     builder = _Builder(program, wanted, params, views, owners, equations, made)
     parts = [builder.build(own, tasks) for own, tasks in zip(numbers, order, strict=True) if own]
-    return Cut(program, parts, before, owners)
+    return Cut(program, parts, before, owners, made)
 
 
 def _only(task: int | None) -> Tasks:
@@ -331,13 +334,18 @@ def _value(var: Any, values: dict[Any, Any], made: Mapping[Any, Any]) -> Any:
     return values[var]
 
 
+def _layers(part: Part, form: str) -> tuple[Taps, list[Choice]]:
+    """Where a part uses its parameters, and the form of each of their leaves."""
+    taps = find(part.program, part.num_params)
+    own = not part.tasks
+    return taps, choose(taps, part.num_params, len(part.tasks) or 1, form, per_task=own)
+
+
 def _run(
     part: Part, values: dict[Any, Any], made: Mapping[Any, Any], results: set[Any], form: str
 ) -> _Run:
     """Runs a part on the values that there are, and adds its own."""
-    taps = find(part.program, part.num_params)
-    own = not part.tasks
-    choices = choose(taps, part.num_params, len(part.tasks) or 1, form, per_task=own)
+    taps, choices = _layers(part, form)
     tapped = {number for number, choice in enumerate(choices) if choice.tapped}
     plan: Plan = prune(taps.plan, tapped)
     plan |= {probe.number: Recorder(~probe.number) for probe in part.probes}
@@ -432,9 +440,7 @@ def uses(found: Cut, num_params: int, form: str) -> list[list[Use]]:
     """What the parts do with every parameter."""
     result: dict[Any, list[Use]] = {var: [] for var in found.program.invars[:num_params]}
     for part in found.parts:
-        taps = find(part.program, part.num_params)
-        per_task = not part.tasks
-        choices = choose(taps, part.num_params, len(part.tasks) or 1, form, per_task)
+        taps, choices = _layers(part, form)
         for number, (var, key) in enumerate(part.sources):
             if var not in result:
                 continue
@@ -498,15 +504,15 @@ def jacobian(
     values: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
     values.update(zip(program.invars, [*params, *others], strict=True))
 
-    made = {var: equation for equation in program.eqns for var in equation.outvars}
     for equation in found.before:
-        results = bind(equation, [_value(var, values, made) for var in equation.invars])
+        results = bind(equation, [_value(var, values, found.made) for var in equation.invars])
         values.update(zip(equation.outvars, results, strict=True))
     losses = set(variables(atoms))
     crossing = losses | {var for part in found.parts for var, _ in part.sources}
     crossing |= {probe.source for part in found.parts for probe in part.probes}
     runs = [
-        _run(part, values, made, crossing if part.tasks else losses, form) for part in found.parts
+        _run(part, values, found.made, crossing if part.tasks else losses, form)
+        for part in found.parts
     ]
 
     # What reaches a variable from the parts that have been pulled back so far.
@@ -524,7 +530,7 @@ def jacobian(
         _leaf(rows.get(var, []), param, m, form)
         for var, param in zip(program.invars, params, strict=False)
     ]
-    return [_value(atom, values, made) for atom in program.outvars], leaves
+    return [_value(atom, values, found.made) for atom in program.outvars], leaves
 
 
 def _is_shared(found: Cut, atom: Any) -> bool:
@@ -690,12 +696,12 @@ def _gather(parts: Sequence[Rows | BlocksLeaf], tasks: Tasks, like: jax.Array) -
     for part in parts:
         if isinstance(part, BlocksLeaf):
             part = Rows(tasks, part.materialize()[jnp.asarray(tasks)])
-        rows = part.rows.materialize() if isinstance(part.rows, FactoredLeaf) else part.rows
+        rows = local_rows(part.rows)
         if len(part.tasks) == 1:
             (task,) = part.tasks
             single[task] = single[task] + rows[0] if task in single else rows[0]
             continue
-        placed = spread(rows, tuple(tasks.index(task) for task in part.tasks), len(tasks), 0)
+        placed = scatter(rows, tuple(tasks.index(task) for task in part.tasks), len(tasks), 0)
         total = placed if total is None else total + placed
     if single:
         zero = vary_like(jnp.zeros(like.shape, like.dtype), like)
@@ -716,7 +722,7 @@ def _leaf(parts: Sequence[Rows | BlocksLeaf], param: jax.Array, m: int, form: st
     if joined.tasks == every:
         return rows
     if form == "dense":
-        return spread(rows, joined.tasks, m, 0)
+        return scatter(rows, joined.tasks, m, 0)
     return RowsLeaf(joined.tasks, rows, m)
 
 

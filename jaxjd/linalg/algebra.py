@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_weights, leaf_names, path_name, type_name
 from jaxjd.linalg.factored import FactoredLeaf
-from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf, spread
+from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf, scatter
 from jaxjd.linalg.sharded import (
     local_part,
     local_rows,
@@ -340,8 +340,8 @@ def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
         found = jnp.zeros((len(tasks_1), len(tasks_2)), dtype)
         if found.size:
             found = _leaf_product(rows_1, rows_2, dtype)
-        found = spread(found, tasks_1, leaf_1.shape[0], 0)
-        return spread(found, tasks_2, leaf_2.shape[0], 1)
+        found = scatter(found, tasks_1, leaf_1.shape[0], 0)
+        return scatter(found, tasks_2, leaf_2.shape[0], 1)
     if isinstance(leaf_1, BlocksLeaf) and leaf_1 is leaf_2:
         return leaf_1.gramian(dtype)
     if isinstance(leaf_1, FactoredLeaf) and leaf_1 is leaf_2:

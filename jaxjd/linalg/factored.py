@@ -68,7 +68,10 @@ class FactoredLeaf(OpaqueLeaf):
         """The inner products of the rows, shape ``(m, m)``."""
         kernel, transient = gramian_costs(self.sizes)
         if transient.total < kernel.total:
-            return self.layer.gramian_of_rows(self, dtype)
+            if self.per_task and self.layer.has_columns:
+                return self.layer.gramian_by_columns(self, dtype)
+            rows = self._rows()  # Not rounded to the parameter's dtype.
+            return product(rows, rows, contract=range(1, self.ndim), dtype=dtype)
         return self.layer.gramian(self, dtype)
 
     def cross_gramian(self, other: FactoredLeaf, dtype: Any) -> jax.Array | None:

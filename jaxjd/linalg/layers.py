@@ -53,7 +53,12 @@ class Layer:
       restore: Brings a canonical gradient into the shape and dtype of the parameter; linear, and it
         keeps inner products.
       key: What tells layers apart whose canonical arrays differ in their meaning; hashable.
+
+    Attributes:
+      has_columns: Whether the gradient has the inputs' last axis, entry for entry.
     """
+
+    has_columns = True
 
     def __init__(
         self,
@@ -139,14 +144,12 @@ class Layer:
         pairs = product(b_1, moved, contract=outputs, batch=range(batch + rows), dtype=dtype)
         return jnp.sum(pairs, axis=tuple(range(batch + rows)))
 
-    def gramian_of_rows(self, leaf: Factors, dtype: Any) -> jax.Array:
-        """The same from rows that are written out.
+    def gramian_by_columns(self, leaf: Factors, dtype: Any) -> jax.Array:
+        """The same from rows that are written out, where every task has inputs of its own.
 
-        Where every task has inputs of its own, a stretch of the inputs at a time: the rows that are
-        there at once have no more entries than the factors.
+        A stretch of the inputs' last axis at a time: the rows that are there at once have no more
+        entries than the factors.
         """
-        if not leaf.per_task:
-            return _gramian_of_all_rows(self, leaf, dtype)
         sizes = self.sizes(leaf.inputs, leaf.cotangents, per_task=True)
         each = sizes.tasks * sizes.batch * sizes.outputs
         most = max(sizes.factor_entries // max(each, 1), 8)
@@ -203,12 +206,6 @@ class Layer:
         return jax.vmap(self.pull)(inputs, cotangents)
 
 
-def _gramian_of_all_rows(layer: Layer, leaf: Factors, dtype: Any) -> jax.Array:
-    pull = layer.pull_each if leaf.per_task else layer.pull_all
-    rows = pull(leaf.inputs, leaf.cotangents)  # Not rounded to the parameter's dtype.
-    return product(rows, rows, contract=range(1, rows.ndim), dtype=dtype)
-
-
 class ConvolutionLayer(Layer):
     """A convolution: every output position multiplies a patch of the inputs by the kernel.
 
@@ -228,6 +225,7 @@ class ConvolutionLayer(Layer):
       key: As for `Layer`.
     """
 
+    has_columns = False
     # Patches of this many bytes stay close to the processor; on an accelerator it is still enough
     # work for one product.
     _PATCH_BYTES = 2**23
@@ -307,10 +305,6 @@ class ConvolutionLayer(Layer):
         total = jnp.zeros(like.shape, like.dtype)
         return lax.scan(lambda total, part: (total + part_of(part), None), total, stacked)[0]
 
-    def gramian_of_rows(self, leaf: Factors, dtype: Any) -> jax.Array:
-        """Inner products of rows that are written out."""
-        return _gramian_of_all_rows(self, leaf, dtype)
-
     def pull_each(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         """The gradients of all tasks, a few of them at a time."""
         plain = super().pull
@@ -329,6 +323,8 @@ class EmbeddingLayer(Layer):
       size: The number of rows of the table.
       key: As for `Layer`.
     """
+
+    has_columns = False
 
     def __init__(
         self,
@@ -362,10 +358,6 @@ class EmbeddingLayer(Layer):
         cotangents = cotangents.reshape(cotangents.shape[0], count, -1)
         sums = jnp.zeros_like(cotangents).at[:, first].add(cotangents)
         return product(sums, sums, contract=(1, 2), dtype=dtype)
-
-    def gramian_of_rows(self, leaf: Factors, dtype: Any) -> jax.Array:
-        """Inner products of rows that are written out."""
-        return _gramian_of_all_rows(self, leaf, dtype)
 
     def kernel(self, a_1: jax.Array, a_2: jax.Array, dtype: Any, tasks: int) -> jax.Array:
         """Which indices are equal."""

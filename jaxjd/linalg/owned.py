@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxjd.linalg.factored import FactoredLeaf
 from jaxjd.linalg.layers import product
 from jaxjd.linalg.opaque import OpaqueLeaf
+from jaxjd.linalg.sharded import local_rows
 
 
 class RowsLeaf(OpaqueLeaf):
@@ -41,12 +42,11 @@ class RowsLeaf(OpaqueLeaf):
     @property
     def arrays(self) -> list[jax.Array]:
         """What it is made of."""
-        return self.rows.arrays if isinstance(self.rows, FactoredLeaf) else [self.rows]
+        return self.rows.arrays if isinstance(self.rows, OpaqueLeaf) else [self.rows]
 
     def materialize(self) -> jax.Array:
         """The dense leaf, shape ``(m, *param.shape)``."""
-        rows = self.rows.materialize() if isinstance(self.rows, FactoredLeaf) else self.rows
-        return spread(rows, self.tasks, self.shape[0], 0)
+        return scatter(local_rows(self.rows), self.tasks, self.shape[0], 0)
 
 
 class BlocksLeaf(OpaqueLeaf):
@@ -108,7 +108,7 @@ class BlocksLeaf(OpaqueLeaf):
         return jnp.where(owned, self.blocks[None], jnp.zeros((), self.dtype))
 
 
-def spread(array: jax.Array, places: tuple[int, ...], size: int, axis: int) -> jax.Array:
+def scatter(array: jax.Array, places: tuple[int, ...], size: int, axis: int) -> jax.Array:
     """Puts entries along an axis to their places in a larger one of zeros."""
     if places == tuple(range(size)):
         return array
