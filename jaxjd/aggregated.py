@@ -103,9 +103,10 @@ def aggregated_value_and_grad(
       chunk_size: As for `jaxjd.value_and_jacobian`.
       every: The weights are computed in the first call and in every `every`-th one after it. Those
         between use the last weights, and cost one backward pass (one per group with `labels`), as
-        in Xiao et al., "Stochastic multi-gradient descent with periodic weights" ("PSMGD", 2024),
-        and `update_weights_every` of the authors' Nash-MTL. It is cheaper and has a price: the
-        weights are of an older point. `aux` may then hold arrays only.
+        in Xu, Ju, Liu and Yang, "PSMGD: Periodic Stochastic Multi-Gradient Descent for Fast
+        Multi-Objective Optimization" (2024, https://arxiv.org/abs/2412.10961), and
+        `update_weights_every` of the authors' Nash-MTL. It is cheaper and has a price: the weights
+        are of an older point. `aux` may then hold arrays only.
 
     Returns:
       An `AggregatedGrad`. Weightings of two batches (`modo`, `sdmgrad`) take the extra argument

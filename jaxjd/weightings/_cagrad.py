@@ -156,15 +156,17 @@ def _search(
         return ~done & (count <= _MAX_STEPS)
 
     # The first turn finds the projection of g_0 onto the dual cone, and the direction of the
-    # hull's smallest point; the later ones are Newton's. All in one loop: the solver in it is most
-    # of what there is to compile.
+    # hull's smallest point; the later ones are Newton's, beside a problem that zero solves. All in
+    # one loop: the solver in it is most of what there is to compile.
     def turn(carry: tuple) -> tuple:
         count, mu, x, at_zero, _ = carry
         first = count == 0
-        linear = jnp.stack([improvement - mu * inverse_lengths, -nonzero.astype(dtype)])
-        x = solve_from(cosines, linear, jnp.where(first, jnp.maximum(-linear, 0), x))
-        start, at_zero_now = begin(x[0], x[1])
-        better, done = newton(mu, x[0], linear[0])
+        beside = jnp.where(first, -1, 1) * nonzero.astype(dtype)
+        linear = jnp.stack([improvement - mu * inverse_lengths, beside])
+        guess = jnp.maximum(-linear, 0)
+        x, smallest = solve_from(cosines, linear, guess.at[0].set(jnp.where(first, guess[0], x)))
+        start, at_zero_now = begin(x, smallest)
+        better, done = newton(mu, x, linear[0])
         return (
             count + 1,
             jnp.where(first, start, better),
@@ -174,7 +176,7 @@ def _search(
         )
 
     zero, false = jnp.zeros((), dtype), jnp.zeros((), bool)
-    none = jnp.zeros((2, improvement.shape[0]), dtype)
-    _, mu, (x, _), at_zero, _ = lax.while_loop(unfinished, turn, (0, zero, none, false, false))
+    start = (0, zero, jnp.zeros_like(improvement), false, false)
+    _, mu, x, at_zero, _ = lax.while_loop(unfinished, turn, start)
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
     return jnp.where(finite, x, jnp.nan), jnp.where(at_zero, 0, mu), ~at_zero

@@ -74,7 +74,8 @@ def measure(root: pathlib.Path, tasks: list[int]) -> dict[str, dict[str, float]]
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     command = [sys.executable, "-c", MEASURE, json.dumps(tasks)]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+    # In the checkout: the folder where a process starts comes first among those it imports from.
+    done = subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout)
 
 
