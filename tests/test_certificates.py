@@ -166,7 +166,7 @@ def test_equations_are_solved_to_rounding_or_have_no_solution(name, dtype):
         bound = bound * np.maximum(spread, 1) ** (1 / 3)
     assert solvable.sum() > 40
     assert (residual <= bound)[solvable].all(), np.flatnonzero(solvable & (residual > bound))
-    # A pair 1e-7 rad from opposite (5.8e-15) has a solution, which float64 finds and float32 cannot.
+    # For a pair 1e-7 rad from opposite (5.8e-15) there is one, which float64 finds.
     none = hull < np.finfo(np.float64).eps
     assert none.sum() > 15
     assert (residual[none] > 0.4).all(), np.flatnonzero(none & (residual <= 0.4))

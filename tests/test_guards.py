@@ -1,4 +1,4 @@
-"""JAX's guards around compiled updates: no implicit transfer between host and device."""
+"""JAX's guards: compiled updates transfer nothing, and eager ones make no infinity on the way."""
 
 from __future__ import annotations
 
@@ -36,3 +36,22 @@ def test_a_compiled_update_transfers_nothing(method):
     # The guard is on: an eager operation with a constant is refused.
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"[Dd]isallowed"):
         jnp.ones(3) + np.ones(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", AGGREGATORS + LINKS, ids=by_name)
+def test_degenerate_rows_make_nothing_that_is_not_finite(method):
+    params = example_params()
+    jacobian = jax.jacrev(example_losses)(params)
+    degenerate = (
+        jax.tree.map(lambda rows: rows.at[1].set(0), jacobian),
+        jax.tree.map(lambda rows: rows.at[1].set(-rows[0]), jacobian),
+        jax.tree.map(jnp.zeros_like, jacobian),
+    )
+    aggregator = method.aggregator(M)
+    for rows in degenerate:
+        state = aggregator.init(params)
+        # Eager, where the guard sees what a program computes on the way.
+        with jax.debug_infs(True), jax.debug_nans(True):
+            for _ in range(2):
+                _, state = aggregator.update(rows, state, params, **method.extra_args(rows))

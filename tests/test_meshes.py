@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxjd
+from tests import registry
 
 AGGREGATORS = {
     "constant": jaxjd.constant([0.2, 0.3, 0.5], num_tasks=3),
@@ -35,3 +36,21 @@ def test_an_update_keeps_its_types_on_a_mesh(name, kind, compiled):
         assert jax.typeof(found) == jax.typeof(params)
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", registry.AGGREGATORS + registry.LINKS, ids=registry.by_name)
+def test_every_eager_update_keeps_its_types_on_a_mesh(method):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.P()), registry.example_params())
+        params["first"]["kernel"] = jax.device_put(jnp.zeros((2, 3)), jax.P("x", None))
+        jacobian = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (registry.M, *leaf.shape)) + 1.0, params
+        )
+        aggregator = method.aggregator(registry.M)
+        state = aggregator.init(params)
+        extra = method.extra_args(jacobian)
+        found, after = aggregator.update(jacobian, state, params, **extra)
+        assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, params)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
