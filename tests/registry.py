@@ -149,6 +149,7 @@ NAMED = (
         homogeneous=False,
         unit=False,
         hyperparameters={
+            "max_norm": 2.0,
             "beta": 0.5,
             "beta_sigma": 0.5,
             "gamma": 0.1,

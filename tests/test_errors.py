@@ -497,7 +497,7 @@ RANGES = [
     (
         "moco",
         weightings.moco,
-        {"beta_sigma": (-0.1,), "gamma_sigma": (-0.1,), "rho": (-0.1,)},
+        {"beta_sigma": (-0.1,), "gamma_sigma": (-0.1,), "rho": (-0.1,), "max_norm": (-0.1,)},
         ">= 0",
     ),
     ("db_mtl", weightings.db_mtl, {"beta": (-0.1, 1.0)}, ">= 0 and < 1"),

@@ -438,6 +438,17 @@ def test_moco_without_losses_does_not_look_at_their_scale():
         np.testing.assert_allclose(update, state.weights @ np.diag([0.75, 0.25]), rtol=1e-6)
 
 
+def test_moco_projects_long_rows_onto_a_ball():
+    """So that with losses far above the gradients no step is longer than the ball's radius."""
+    aggregator = jaxjd.moco(beta_sigma=0.0, max_norm=2.0, num_tasks=2)
+    state = aggregator.init(jnp.zeros(2))
+    J = jnp.array([[0.0, 3.0], [1.0, 0.0]])
+    for _ in range(2):
+        update, state = aggregator.update(J, state, losses=jnp.array([1000.0, 2.0]))
+    np.testing.assert_allclose(state.weighting.tracked, [[0, 2], [1.5, 0]], rtol=1e-6)
+    np.testing.assert_allclose(update, state.weights @ state.weighting.tracked, rtol=1e-6)
+
+
 def db_mtl_reference(jacobians, losses, beta, beta_sigma):
     tracked = np.zeros_like(jacobians[0])
     for t, (J, values) in enumerate(zip(jacobians, losses, strict=True), start=1):

@@ -71,6 +71,7 @@ def moco(
     gamma_sigma: float = 0.5,
     rho: float = 0.0,
     projection: Literal["softmax", "simplex"] = "softmax",
+    max_norm: float = 0.0,
     *,
     num_tasks: int | None = None,
 ) -> Aggregator:
@@ -89,6 +90,7 @@ def moco(
       gamma_sigma: How fast that step size decays, non-negative.
       rho: The regularization of the weights, non-negative.
       projection: ``"simplex"`` for the paper's Euclidean projection, ``"softmax"`` for LibMTL's.
+      max_norm: The largest norm of a tracked gradient, and so of the update; 0 for no limit.
       num_tasks: The number of tasks ``m``, required: the state depends on it.
 
     Returns:
@@ -107,7 +109,7 @@ def moco(
       >>> print(update, state.weights)  # half of the gradients is tracked so far
       [0.259375 0.48125 ] [0.51875 0.48125]
     """
-    weighting = weightings.moco(beta, beta_sigma, gamma, gamma_sigma, rho, projection)
+    weighting = weightings.moco(beta, beta_sigma, gamma, gamma_sigma, rho, projection, max_norm)
     return _tracked(weighting, num_tasks, "moco")
 
 

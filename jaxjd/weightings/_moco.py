@@ -55,6 +55,7 @@ def moco(
     gamma_sigma: float = 0.5,
     rho: float = 0.0,
     projection: Literal["softmax", "simplex"] = "softmax",
+    max_norm: float = 0.0,
 ) -> JacobianWeighting:
     r"""MoCo: tracks every gradient with a moving average, and weighs what it tracks.
 
@@ -82,6 +83,9 @@ def moco(
       rho: The regularization :math:`\rho` of the weights, non-negative.
       projection: ``"simplex"`` for the paper's Euclidean projection; ``"softmax"``, as in LibMTL,
         which pulls the weights towards uniform ones.
+      max_norm: The largest norm of a tracked gradient, non-negative; 0 for no limit. Longer ones
+        are projected onto the ball of that radius, as in the paper, where it is the largest norm
+        that a gradient can have. The update of `jaxjd.moco` is then no longer either.
 
     Returns:
       A `JacobianWeighting` with state `MoCoState`. Its `update` takes the optional extra argument
@@ -104,6 +108,7 @@ def moco(
     check_range("gamma", gamma, above=0)
     check_range("gamma_sigma", gamma_sigma, at_least=0)
     check_range("rho", rho, at_least=0)
+    check_range("max_norm", max_norm, at_least=0)
     projections = {"softmax": jax.nn.softmax, "simplex": project_onto_simplex}
     if projection not in projections:
         raise ValueError(f"`projection` must be one of {list(projections)}, got {projection!r}.")
@@ -137,6 +142,11 @@ def moco(
             row + rate.astype(row.dtype) * (scale_rows(factors, leaf) - row)
             for leaf, row in paired_leaves(stat, state.tracked, "moco")
         ]
+        if isinstance(max_norm, jax.Array) or max_norm:
+            norms, limit = row_norms(mark_like(moved, stat)), jnp.asarray(max_norm, dtype)
+            long = (limit > 0) & (norms > limit)
+            shrink = jnp.where(long, limit / jnp.where(long, norms, 1), 1)
+            moved = [scale_rows(shrink, row) for row in moved]
         tracked = jax.tree.unflatten(jax.tree.structure(state.tracked), moved)
         weights = state.weights.astype(dtype)
         products = gramian(mark_like(moved, stat)).astype(dtype)
