@@ -22,8 +22,10 @@ import jax
 
 FILES = (
     "batching",
+    "certificates",
     "derivatives",
     "fairness",
+    "hard_matrices",
     "parity",
     "precision",
     "properties",
