@@ -6,6 +6,7 @@ arguments: XLA would spend its time on folding an input that it knows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,6 +117,71 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def _own_losses(params: Any, batch: Any) -> list[jax.Array]:
+    """A batch for each loss, one after the other."""
+    pairs = zip(batch["inputs"], batch["heads"].T, strict=True)
+    return [
+        ((_mlp_trunk(params["trunk"], {"inputs": inputs}) @ head) ** 2).mean()
+        for inputs, head in pairs
+    ]
+
+
+def _stacked_losses(params: Any, batch: Any) -> jax.Array:
+    """The same by `jax.vmap`."""
+
+    def loss(inputs: jax.Array, head: jax.Array) -> jax.Array:
+        return ((_mlp_trunk(params["trunk"], {"inputs": inputs}) @ head) ** 2).mean()
+
+    return jax.vmap(loss)(batch["inputs"], batch["heads"].T)
+
+
+def _adapted_losses(params: Any, batch: Any) -> jax.Array:
+    x = batch["inputs"]
+    for base, pair in zip(batch["base"], params["trunk"], strict=True):
+        x = jax.nn.relu(x @ base + (x @ pair["down"]) @ pair["up"])
+    return ((x @ batch["heads"]) ** 2).mean(0)
+
+
+def _image_losses(params: Any, batch: Any) -> list[jax.Array]:
+    logits = _cnn(params, batch["inputs"])
+    return [_cross_entropy(logits, targets).mean() for targets in batch["targets"]]
+
+
+def _pinn_losses(params: Any, batch: Any) -> dict[str, jax.Array]:
+    """Burgers' equation, with its values at the start and zeros at the edge."""
+
+    def values(points: jax.Array) -> jax.Array:
+        *hidden, out = params["trunk"]
+        for numbers in hidden:
+            points = jnp.tanh(_dense(numbers, points))
+        return _dense(out, points)[:, 0]
+
+    def along(axis: int) -> jax.Array:
+        return jnp.zeros_like(batch["inside"]).at[:, axis].set(1)
+
+    def slope(points: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(values, (points,), (along(1),))
+
+    inside = batch["inside"]
+    (u, u_x), (_, u_xx) = jax.jvp(slope, (inside,), (along(1),))
+    u_t = jax.jvp(values, (inside,), (along(0),))[1]
+    start = values(batch["start"]) + jnp.sin(jnp.pi * batch["start"][:, 1])
+    return {
+        "inside": ((u_t + u * u_x - 0.01 / jnp.pi * u_xx) ** 2).mean(),
+        "start": (start**2).mean(),
+        "edge": (values(batch["edge"]) ** 2).mean(),
+    }
+
+
+SHAPE_LOSSES = {
+    "own": _own_losses,
+    "stacked": _stacked_losses,
+    "adapters": _adapted_losses,
+    "images": _image_losses,
+    "pinn": _pinn_losses,
+}
+
+
 def make_model(case: Case) -> Model:
     if case.per_example:
         logits = _cnn if case.kind == "cnn" else _examples_mlp
@@ -127,6 +193,9 @@ def make_model(case: Case) -> Model:
             return _cross_entropy(logits(params, image[None]), target[None])[0]
 
         return Model(losses, example=example)
+
+    if case.kind in SHAPE_LOSSES:
+        return Model(SHAPE_LOSSES[case.kind])
 
     if case.kind == "transformer":
 
@@ -142,7 +211,7 @@ def make_model(case: Case) -> Model:
 
             return loss
 
-    elif case.kind == "features":
+    elif case.kind in ("features", "heads"):
         trunk = _mlp_trunk
 
         def head(number: int) -> Callable[..., jax.Array]:
@@ -357,6 +426,49 @@ def variants_of(case: Case) -> list[Variant]:
             Variant("jaxjd labels", "by tensor", _by_tensor_gramians(model)),
         ]
     return variants
+
+
+EVERY = 10
+
+
+def shape_variants_of(case: Case) -> list[Variant]:
+    """The documented route beside the plain gradient and ``jax.jacrev``, for any shape."""
+    model = make_model(case)
+
+    def losses_of(params: Any, batch: Any) -> jax.Array:
+        return jnp.stack(jax.tree.leaves(model.losses(params, batch))).reshape(-1)
+
+    flat = Model(losses_of)
+
+    def documented(params: Any, batch: Any) -> tuple:
+        init, apply = jaxjd.aggregated_value_and_grad(model.losses, jaxjd.weightings.upgrad())
+        (losses, gradient), _ = apply(init(params), params, batch)
+        return jnp.stack(jax.tree.leaves(losses)).reshape(-1), gradient
+
+    def whole_jacobian(params: Any, batch: Any) -> tuple:
+        jacobian = jax.jacrev(losses_of)(params, batch)
+        weights = _weights(jaxjd.gramian(jacobian))
+        return losses_of(params, batch), jaxjd.combine(weights, jacobian)
+
+    # The first of ten calls and one between are one program, whose branch is not known to it.
+    def periodic(params: Any, batch: Any, count: int) -> tuple:
+        front = jaxjd.aggregated_value_and_grad(
+            model.losses, jaxjd.weightings.upgrad(), num_tasks=case.m, every=EVERY
+        )
+        state = front.init(params)
+        aggregator = state.aggregator._replace(weights=jnp.full((case.m,), 1 / case.m))
+        state = state._replace(count=jnp.asarray(count, jnp.int32), aggregator=aggregator)
+        state = lax.optimization_barrier(state)
+        (losses, gradient), _ = front.apply(state, params, batch)
+        return jnp.stack(jax.tree.leaves(losses)).reshape(-1), gradient
+
+    return [
+        Variant("jax plain", "plain", _plain(flat)),
+        Variant("jax jacrev", "together", whole_jacobian),
+        Variant("jaxjd documented", "together", documented),
+        Variant("jaxjd every=10, first", "together", functools.partial(periodic, count=0)),
+        Variant("jaxjd every=10, between", "plain", functools.partial(periodic, count=1)),
+    ]
 
 
 def grid_variants_of(case: Case) -> list[Variant]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.benchmarks.step_cases import CASES, Case, make_numbers
+from tests.benchmarks.step_cases import CASES, RANK, Case, make_numbers
 
 MEGABYTE = 1e6
 
@@ -71,6 +71,19 @@ class _Block(nn.Module):
         return x + self.down(self.gelu(self.up(self.norm_2(x))))
 
 
+class _Adapted(nn.Module):
+    def __init__(self, base: np.ndarray, pair: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        self.register_buffer("base", _tensor(base.T))
+        self.down = nn.Linear(len(base), RANK, bias=False)
+        self.up = nn.Linear(RANK, base.shape[1], bias=False)
+        self.down.weight.data = _tensor(pair["down"].T)
+        self.up.weight.data = _tensor(pair["up"].T)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.base) + self.up(self.down(x))
+
+
 class _Mean(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean(1)
@@ -106,9 +119,17 @@ def _cnn(params: dict[str, Any]) -> nn.Module:
     )
 
 
-def _trunk(case: Case, params: dict[str, Any]) -> nn.Module:
-    if case.kind in ("mlp", "features"):
-        layers: list[nn.Module] = []
+def _trunk(case: Case, params: dict[str, Any], batch: dict[str, Any]) -> nn.Module:
+    layers: list[nn.Module] = []
+    if case.kind == "adapters":
+        for base, pair in zip(batch["base"], params["trunk"], strict=True):
+            layers += [_Adapted(base, pair), nn.ReLU()]
+        return nn.Sequential(*layers)
+    if case.kind == "pinn":
+        for numbers in params["trunk"]:
+            layers += [_linear(numbers), nn.Tanh()]
+        return nn.Sequential(*layers[:-1])
+    if case.kind in ("mlp", "features", "heads", "own", "stacked"):
         for kernel in params["trunk"]:
             layers += [_linear(kernel), nn.ReLU()]
         return nn.Sequential(*layers)
@@ -117,9 +138,8 @@ def _trunk(case: Case, params: dict[str, Any]) -> nn.Module:
     if case.kind == "transformer":
         blocks = [_Block(numbers, case.heads) for numbers in params["trunk"]["layers"]]
         return nn.Sequential(*blocks, nn.LayerNorm(case.width), _Mean())
-    if case.kind == "cnn":
+    if case.kind in ("cnn", "images"):
         return _cnn(params)
-    layers = []
     for numbers in params["dense"]:
         layers += [_linear(numbers), nn.ELU()]
     return nn.Sequential(*layers[:-1])
@@ -136,14 +156,15 @@ class Problem:
     def __init__(self, case: Case, device: str) -> None:
         params, batch = make_numbers(case)
         self.case = case
-        self.trunk = _trunk(case, params).to(device)
+        self.trunk = _trunk(case, params, batch).to(device)
         self.heads: list[nn.Module] = []
         if case.kind == "transformer":
             self.heads = [_linear(numbers).to(device) for numbers in params["heads"]]
-        elif case.kind == "features":
+        elif case.kind in ("features", "heads"):
             self.heads = [_linear(vector[:, None]).to(device) for vector in params["heads"]]
+        batch.pop("base", None)
         self.batch = {name: _tensor(array).to(device) for name, array in batch.items()}
-        if case.kind == "cnn":
+        if case.kind in ("cnn", "images"):
             self.batch["inputs"] = self.batch["inputs"].permute(0, 3, 1, 2).contiguous()
 
     def features(self) -> torch.Tensor:
@@ -151,20 +172,46 @@ class Problem:
 
     def losses_at(self, features: torch.Tensor) -> list[torch.Tensor]:
         """One loss per head."""
-        if self.case.kind == "features":
+        if self.case.kind in ("features", "heads"):
             return [(head(features) ** 2).mean() for head in self.heads]
         pairs = zip(self.heads, self.batch["targets"], strict=True)
         return [((head(features)[:, 0] - target) ** 2).mean() for head, target in pairs]
 
     def losses(self) -> torch.Tensor:
         """All losses, ``(m,)``."""
+        if self.case.kind == "pinn":
+            return torch.stack(self.residuals())
+        if self.case.kind == "own":
+            pairs = zip(self.batch["inputs"], self.batch["heads"].T, strict=True)
+            return torch.stack([((self.trunk(x) @ head) ** 2).mean() for x, head in pairs])
         features = self.features()
+        if self.case.kind == "stacked":
+            products = (features * self.batch["heads"].T[:, None]).sum(-1)
+            return (products**2).mean(1)
+        if self.case.kind == "images":
+            targets = self.batch["targets"].long()
+            return torch.stack([nn.functional.cross_entropy(features, row) for row in targets])
         if self.heads:
             return torch.stack(self.losses_at(features))
         if self.case.per_example:
             targets = self.batch["targets"].long()
             return nn.functional.cross_entropy(features, targets, reduction="none")
         return ((features @ self.batch["heads"]) ** 2).mean(0)
+
+    def residuals(self) -> list[torch.Tensor]:
+        """Burgers' equation inside, and the values at the start and at the edge."""
+
+        def slopes(of: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(of.sum(), inside, create_graph=True)[0]
+
+        inside = self.batch["inside"].clone().requires_grad_()
+        start, edge = self.batch["start"], self.batch["edge"]
+        u = self.trunk(inside)[:, 0]
+        u_t, u_x = slopes(u).unbind(1)
+        u_xx = slopes(u_x)[:, 1]
+        first = self.trunk(start)[:, 0] + torch.sin(torch.pi * start[:, 1])
+        inner = u_t + u * u_x - 0.01 / torch.pi * u_xx
+        return [(self.trunk(edge) ** 2).mean(), (inner**2).mean(), (first**2).mean()]
 
     def clear(self) -> None:
         self.trunk.zero_grad()
@@ -180,6 +227,9 @@ def make_step(problem: Problem, variant: str) -> Callable[[], torch.Tensor]:
 
     aggregator, weighting = UPGrad(), UPGradWeighting()
     params = list(problem.trunk.parameters())
+    whole = problem.case.is_shape and not variant.startswith("mtl")
+    if whole:
+        params += [param for head in problem.heads for param in head.parameters()]
     chunk = 1 if "sequential" in variant else None
     gramian_only = "gramian" in variant or "sequential" in variant
 
@@ -189,7 +239,7 @@ def make_step(problem: Problem, variant: str) -> Callable[[], torch.Tensor]:
         return losses
 
     def jacobian() -> torch.Tensor:
-        if problem.heads:
+        if problem.heads and not whole:
             features = problem.features()
             found = problem.losses_at(features)
             mtl_backward(found, features, parallel_chunk_size=chunk)
@@ -224,12 +274,14 @@ def make_step(problem: Problem, variant: str) -> Callable[[], torch.Tensor]:
 
     if variant == "autogram":
         # Losses that are means over the batch have no batch axis.
-        engine = Engine(problem.trunk, batch_dim=0 if problem.case.per_example else None)
+        modules = [problem.trunk, *problem.heads] if whole else [problem.trunk]
+        engine = Engine(*modules, batch_dim=0 if problem.case.per_example else None)
         run = autogram
     elif variant == "plain":
         run = plain
     else:
-        run = {"autojac": jacobian, "features": features, "by": by_tensor}[variant.split()[0]]
+        ways = {"autojac": jacobian, "mtl": jacobian, "features": features, "by": by_tensor}
+        run = ways[variant.split()[0]]
 
     def step() -> torch.Tensor:
         problem.clear()

@@ -58,7 +58,13 @@ import jax
 import jax.numpy as jnp
 
 from tests.benchmarks.step_cases import CASES, NAMES, Case, make_numbers, torchjd_variants_of
-from tests.benchmarks.step_jax import Variant, grid_variants_of, shared, variants_of
+from tests.benchmarks.step_jax import (
+    Variant,
+    grid_variants_of,
+    shape_variants_of,
+    shared,
+    variants_of,
+)
 
 MEGABYTE = 1e6
 AGREEMENT = 1e-4
@@ -261,7 +267,8 @@ class Peer:
 def measure(case: Case, seconds: float, rounds: int, compiles: int, with_torch: bool) -> list[Row]:
     """All variants of one case."""
     numbers = jax.device_put(make_numbers(case))
-    programs = compile_all(variants_of(case), numbers, compiles)
+    variants = shape_variants_of(case) if case.is_shape else variants_of(case)
+    programs = compile_all(variants, numbers, compiles)
     ours: list[list[float]] = []
     peers: list[Peer] = []
     try:
