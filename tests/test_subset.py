@@ -137,10 +137,10 @@ def test_all_tasks_in_another_order_are_the_method_itself():
     order = jnp.array([3, 1, 4, 0, 2])
     aggregator = jaxjd.imtl_g(num_tasks=TASKS)
     subset = jaxjd.subset(W.imtl_g(), num_tasks=TASKS, num_present=TASKS)
-    wanted, state = aggregator.update(jacobian, aggregator.init(PARAMS))
+    wanted = jax.jit(aggregator.update)(jacobian, aggregator.init(PARAMS))
     rows = jax.tree.map(lambda leaf: leaf[order], jacobian)
     # Without the parameters, whose shapes the rows tell.
-    close(subset.update(rows, subset.init(PARAMS), tasks=order), (wanted, state))
+    close(jax.jit(subset.update)(rows, subset.init(PARAMS), tasks=order), wanted)
 
 
 def test_what_is_no_choice_of_tasks():
@@ -152,6 +152,33 @@ def test_what_is_no_choice_of_tasks():
         with pytest.raises(ValueError, match="different integers from 0 to 4"):
             subset.update(jacobian, state, tasks=tasks)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(update(jnp.array([2, 4, 0]))))
+
+
+def test_indices_of_a_narrow_dtype():
+    subset = jaxjd.subset(W.sum(), num_tasks=300, num_present=2)
+    rows = jnp.eye(2)
+    tasks = jnp.array([200, 7], jnp.uint8)
+    update, state = jax.jit(subset.update)(rows, subset.init(rows[0]), tasks=tasks)
+    np.testing.assert_array_equal(update, [1.0, 1.0])
+    np.testing.assert_array_equal(np.nonzero(np.asarray(state.weights))[0], [7, 200])
+
+
+@pytest.mark.slow
+def test_a_state_keeps_its_sharding_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = lambda array, *spec: jax.device_put(array, jax.NamedSharding(mesh, jax.P(*spec)))
+    subset = jaxjd.subset(W.excess_mtl(), num_tasks=TASKS, num_present=K)
+    with jax.set_mesh(mesh):
+        params, rows = jnp.ones((4, 3)), gaussian(0, K, 4, 3)
+        state = subset.init(spread(params, "x"))
+        wanted, _ = subset.update(rows, subset.init(params), params, tasks=STEPS[0])
+        update, after = subset.update(
+            spread(rows, None, "x"), state, spread(params, "x"), tasks=STEPS[0]
+        )
+    types = lambda tree: [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(tree)]
+    assert types(after) == types(state)
+    assert str(jax.typeof(update)) == "float32[4@x,3]"
+    close(update, wanted)
 
 
 class Odd(NamedTuple):
@@ -175,7 +202,7 @@ def test_keys_and_axes_anywhere_in_a_state():
     subset = jaxjd.subset(jaxjd.Weighting(init, update), num_tasks=TASKS, num_present=K)
     start = subset.init(PARAMS)
     same(start.weighting.keys, init(TASKS).keys)
-    _, state = subset.update(rows_of(0), start, tasks=STEPS[0])
+    _, state = jax.jit(subset.update)(rows_of(0), start, tasks=jnp.array(STEPS[0]))
     odd = state.weighting
     present = np.isin(np.arange(TASKS), STEPS[0])
     changed = array(odd.keys) != array(start.weighting.keys)
@@ -205,17 +232,20 @@ def test_a_scan_of_steps_with_some_tasks_from_losses_to_gradients():
         return state, (losses, gradient, state.aggregator.weights)
 
     state, found = jax.jit(lambda steps: jax.lax.scan(step, init(params), steps))(steps)
-    logits, initial = np.zeros((2, TASKS), np.float32)
-    weighting = W.gradnorm(lr=0.1)
-    for number, (tasks, x) in enumerate(zip(*steps, strict=True)):
-        losses, gradient, weights = (jax.tree.map(operator.itemgetter(number), x) for x in found)
+
+    @jax.jit
+    def step_alone(logits, initial, number, tasks, x):
         values, rows = losses_fn(params, tasks, x), jax.jacrev(losses_fn)(params, tasks, x)
-        own = W.GradNormState(jnp.int32(number), jnp.asarray(logits)[tasks], initial[tasks])
-        expected, own = weighting.update(jaxjd.gramian(rows), own, losses=values)
+        own = W.GradNormState(number, logits[tasks], initial[tasks])
+        weights, own = W.gradnorm(lr=0.1).update(jaxjd.gramian(rows), own, losses=values)
+        return (values, jaxjd.combine(weights, rows), jnp.zeros(TASKS).at[tasks].set(weights)), own
+
+    logits, initial = np.zeros((2, TASKS), np.float32)
+    for number, (tasks, x) in enumerate(zip(*steps, strict=True)):
+        wanted, own = step_alone(logits.copy(), initial.copy(), number, tasks, x)
         logits[tasks], initial[tasks] = own.logits, own.initial_losses
-        close((losses, gradient), (values, jaxjd.combine(expected, rows)))
-        close(weights, jnp.zeros(TASKS).at[tasks].set(expected))
-        assert not np.delete(gradient["heads"], tasks, axis=0).any()
+        close(tuple(jax.tree.map(operator.itemgetter(number), part) for part in found), wanted)
+        assert not np.delete(found[1]["heads"][number], tasks, axis=0).any()
     close(state.aggregator.weighting[1:], (logits, initial))
 
 

@@ -222,7 +222,7 @@ def _check_tasks(tasks: Any, m: int, k: int) -> tuple[jax.Array, jax.Array]:
             f"`tasks` must be the indices of the {k} tasks of the step, integers of shape ({k},), "
             f"got {type_name(tasks)}."
         )
-    tasks = jnp.asarray(tasks)
+    tasks = jnp.asarray(tasks).astype(jnp.int32)  # A narrow dtype may not hold `m`.
     ordered = jnp.sort(tasks)
     inside = (ordered[0] >= 0) & (ordered[-1] < m)
     return tasks, inside & jnp.all(ordered[1:] != ordered[:-1])
