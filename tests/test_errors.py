@@ -1470,6 +1470,13 @@ LINKS = [
         r"found the shape \(20,\) for 5 tasks and \(30,\) for 6",
     ),
     case(
+        "subset: a state with an entry per task in its structure",
+        lambda: subset(
+            jaxjd.Weighting(lambda m, params=None: [jnp.zeros(())] * m, UPGRAD.update)
+        ).init(PARAMS),
+        "structure does not depend on the number of tasks",
+    ),
+    case(
         "subset: no tasks",
         lambda: update(subset(UPGRAD)),
         r"`tasks` must be the indices of the 3 tasks of the step, integers of shape \(3,\)",

@@ -236,10 +236,10 @@ def _initial(state_of: Callable[[jax.Array], PyTree], m: int, k: int) -> PyTree:
     for start in range(0, m, k) if any(axes) else ():
         tasks = min(start, m - k) + jnp.arange(k)
         part = jax.tree.leaves(state_of(tasks))
-        # Keys of tasks differ within a state of `m` tasks only.
+        # The rest is counts and keys, and keys of tasks differ within one state only.
         leaves = [
             _put_leaf(leaf, new, own, tasks)
-            if own and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            if own and jnp.issubdtype(leaf.dtype, jnp.floating)
             else leaf
             for leaf, new, own in zip(leaves, part, axes, strict=True)
         ]
@@ -262,11 +262,18 @@ def _task_axes(
             f"The state of `subset` must be what its `init` returns, {jax.tree.structure(shapes)}, "
             f"got {jax.tree.structure(state)}."
         )
+    if jax.tree.structure(shapes) != jax.tree.structure(more):
+        raise ValueError(
+            "`subset` expects a state whose structure does not depend on the number of tasks, "
+            f"found {jax.tree.structure(shapes)} for {m} tasks and {jax.tree.structure(more)} for "
+            f"{m + 1}."
+        )
     found = []
     pairs = zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(more), leaves, strict=True)
     for (path, small), large, leaf in pairs:
-        axes = [place for place in range(small.ndim) if small.shape[place] != large.shape[place]]
-        if any((small.shape[axis], large.shape[axis]) != (m, m + 1) for axis in axes):
+        sizes = list(zip(small.shape, large.shape, strict=False))
+        axes = tuple(place for place, (size, other) in enumerate(sizes) if size != other)
+        if small.ndim != large.ndim or any(sizes[axis] != (m, m + 1) for axis in axes):
             raise ValueError(
                 f"State leaf '{path_name(path)}': `subset` expects axes of the size of the number "
                 f"of tasks, found the shape {small.shape} for {m} tasks and {large.shape} for "
@@ -277,7 +284,7 @@ def _task_axes(
                 f"State leaf '{path_name(path)}': expected the shape {small.shape} for {m} tasks, "
                 f"found {jnp.shape(leaf)}."
             )
-        found.append(tuple(axes))
+        found.append(axes)
     return found
 
 
