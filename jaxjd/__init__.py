@@ -46,6 +46,8 @@ from jaxjd.autodiff import mtl_value_and_gramian as mtl_value_and_gramian
 from jaxjd.autodiff import mtl_value_and_jacobian as mtl_value_and_jacobian
 from jaxjd.autodiff import per_example_value_and_gramian as per_example_value_and_gramian
 from jaxjd.autodiff import per_example_value_and_jacobian as per_example_value_and_jacobian
+from jaxjd.autodiff import per_task_value_and_gramian as per_task_value_and_gramian
+from jaxjd.autodiff import per_task_value_and_jacobian as per_task_value_and_jacobian
 from jaxjd.autodiff import stack_tasks as stack_tasks
 from jaxjd.autodiff import value_and_gramian as value_and_gramian
 from jaxjd.autodiff import value_and_jacobian as value_and_jacobian
@@ -74,6 +76,7 @@ from jaxjd.transforms import freeze as freeze
 from jaxjd.transforms import multi_steps as multi_steps
 from jaxjd.transforms import per_task as per_task
 from jaxjd.transforms import skip_if_not_finite as skip_if_not_finite
+from jaxjd.transforms import subset as subset
 
 try:
     __version__ = _version("jaxjd")
@@ -138,6 +141,8 @@ __all__ = [
     "per_example_value_and_gramian",
     "per_example_value_and_jacobian",
     "per_task",
+    "per_task_value_and_gramian",
+    "per_task_value_and_jacobian",
     "random",
     "scalarizers",
     "sdmgrad",
@@ -145,6 +150,7 @@ __all__ = [
     "skip_if_not_finite",
     "stack_tasks",
     "stch",
+    "subset",
     "sum",
     "trimmed_mean",
     "upgrad",

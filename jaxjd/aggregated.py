@@ -91,8 +91,9 @@ def aggregated_value_and_grad(
       fn: Returns the losses as for `jaxjd.value_and_jacobian`: a vector, a list, a dict, ... It may
         also be a dict, list or tuple of functions of the same arguments, one per loss; with
         `has_aux` each of them returns ``(loss, aux)``, and what comes out is laid out alike.
-      weighting: From `jaxjd.weightings`, or an aggregator, such as what `jaxjd.partition` returns;
-        of `moco` and `db_mtl` the aggregator, which combines their moving averages of the rows.
+      weighting: From `jaxjd.weightings`, or an aggregator, such as what `jaxjd.partition` and
+        `jaxjd.subset` return; of `moco` and `db_mtl` the aggregator, which combines their moving
+        averages of the rows.
       num_tasks: The number of losses. Needed if the weighting's state depends on it, and by
         `every`; with it the state holds the last weights.
       argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
@@ -112,7 +113,8 @@ def aggregated_value_and_grad(
       An `AggregatedGrad`. Weightings of two batches (`modo`, `sdmgrad`) take the extra argument
       ``cross_args=(args1, args2)`` of `apply`: the positional arguments after the differentiated
       ones of two independent batches, as tuples, from which the weights are computed; `argnums`
-      must then be 0.
+      must then be 0. With an aggregator, ``tasks=`` is for it and not for `fn`: the indices of the
+      tasks of the call, for `jaxjd.subset`.
 
     Raises:
       ValueError: If an option is out of range, `every` is more than 1 for an aggregator or without
@@ -151,13 +153,16 @@ def aggregated_value_and_grad(
         state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
     ) -> tuple[tuple[Any, PyTree], AggregatedGradState]:
         check_state("`aggregated_value_and_grad`", state, AggregatedGradState)
+        own = {}
+        if "tasks" in kwargs and not isinstance(weighting, Weighting):
+            own["tasks"] = kwargs.pop("tasks")
         losses_of, chosen = arguments(losses_fn, numbers, args, kwargs)
         params = chosen[0] if single else tuple(chosen)
 
         def whole(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
             values, jacobian = jacobian_fn(*args, **kwargs)
             losses = values[0] if has_aux else values
-            extra: dict[str, Any] = {"losses": losses}
+            extra: dict[str, Any] = {"losses": losses, **own}
             if cross_args is not None:
                 extra["cross_jacobians"] = tuple(
                     jacobian_fn(args[0], *batch, **kwargs)[1] for batch in cross_args

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxjd
+from jaxjd import weightings as W
 from tests import registry
 from tests.benchmarks import conflict
 from tests.goldens.differences import DIFFERENCES
@@ -205,7 +206,7 @@ def test_the_rows_give_the_size_of_the_state(methods):
                     made = getattr(jaxjd.scalarizers, name)(*arguments.get(name, []))
                     state = jax.eval_shape(lambda made=made: made.init(m))
                 elif name in weightings:
-                    made = weightings[name]()
+                    made = weightings[name]() if name != "constant" else W.constant([1.0] * m)
                     state = jax.eval_shape(lambda made=made: made.init(m, jnp.zeros(n)))
                 else:
                     made = aggregators[name](m)

@@ -84,6 +84,10 @@ def per_example(loss, *batch, params=1.0, **options):
     return trace(jaxjd.per_example_value_and_jacobian(loss, **options), params, *batch)
 
 
+def subset(weighting, num_tasks=5, num_present=3):
+    return jaxjd.subset(weighting, num_tasks=num_tasks, num_present=num_present)
+
+
 def replaced(leaf, key="c"):
     """The Jacobian with another leaf in one place."""
     return {**JACOBIAN, key: leaf}
@@ -610,6 +614,17 @@ HYPERPARAMETERS = [
         r"got shape \(2, 1\)",
     ),
     case("tau that is no number", lambda: weightings.pcd(tau="large"), "`tau` must be", "'large'"),
+    case(
+        "tau of another length, at init",
+        lambda: weightings.pcd(tau=[0.5, 0.5, 0.5]).init(3),
+        "`tau` has 3 entries",
+        "2 secondary tasks",
+    ),
+    case(
+        "weights of another length, at init",
+        lambda: weightings.constant([0.5, 0.5, 0.5]).init(2),
+        "`weights` has 3 entries, but there are 2 tasks",
+    ),
     case(
         "tau of another length",
         lambda: weigh(weightings.pcd(tau=[0.5, 0.5, 0.5]), EYE, weightings.pcd().init(3)),
@@ -1241,6 +1256,12 @@ ENGINES = [
         "has_aux=True",
     ),
     case(
+        "loss of a task that is no scalar",
+        lambda: trace(jaxjd.per_task_value_and_gramian(lambda w, x: w * x), 1.0, jnp.ones((3, 2))),
+        "loss of a task must be a scalar",
+        r"found float32\[2\]",
+    ),
+    case(
         "integer loss of an example",
         lambda: per_example(lambda w, x: x, jnp.arange(3)),
         "floating point",
@@ -1398,6 +1419,105 @@ LINKS = [
             (jaxjd.multi_steps, (2, 2)),
             (jaxjd.skip_if_not_finite, ()),
         )
+    ),
+    case(
+        "subset: more present tasks than tasks",
+        lambda: subset(UPGRAD, num_tasks=2),
+        "`num_present` must be <= 2, the number of tasks, got 3",
+    ),
+    *(
+        case(
+            f"subset: {name}",
+            lambda given=given: subset(given),
+            "`weighting` must be a jaxjd.Weighting, a jaxjd.Scalarizer, or a function of one "
+            "argument `tasks`",
+            f"got {kind}",
+        )
+        for name, given, kind in (
+            ("a factory", weightings.upgrad, "function"),
+            ("an aggregator for a number of tasks", jaxjd.upgrad(), "Aggregator"),
+        )
+    ),
+    case(
+        "subset: a function that returns something else",
+        lambda: subset(lambda tasks: weightings.upgrad),
+        "must return a jaxjd.Weighting, an aggregator or a jaxjd.Scalarizer, got function",
+    ),
+    *(
+        case(
+            f"subset: numbers of all tasks in {name}",
+            run,
+            "`subset` makes the method for 6 tasks",
+            "lambda tasks: jaxjd.weightings.upgrad",
+            f"`{argument}`",
+        )
+        for name, argument, run in (
+            (
+                "upgrad",
+                "pref_vector",
+                lambda: subset(weightings.upgrad(pref_vector=jnp.ones(5))).init(PARAMS),
+            ),
+            ("constant", "weights", lambda: subset(weightings.constant([1.0] * 5)).init(PARAMS)),
+            ("the scalarizer constant", "weights", lambda: subset(scalarizers.constant([1.0] * 5))),
+        )
+    ),
+    case(
+        "subset: a state with another axis than tasks",
+        lambda: subset(
+            jaxjd.Weighting(lambda m, params=None: jnp.zeros(m * (m - 1)), UPGRAD.update)
+        ).init(PARAMS),
+        "State leaf 'weighting'",
+        r"found the shape \(20,\) for 5 tasks and \(30,\) for 6",
+    ),
+    case(
+        "subset: a state with an entry per task in its structure",
+        lambda: subset(
+            jaxjd.Weighting(lambda m, params=None: [jnp.zeros(())] * m, UPGRAD.update)
+        ).init(PARAMS),
+        "structure does not depend on the number of tasks",
+    ),
+    case(
+        "subset: no tasks",
+        lambda: update(subset(UPGRAD)),
+        r"`tasks` must be the indices of the 3 tasks of the step, integers of shape \(3,\)",
+        "got NoneType",
+    ),
+    case(
+        "subset: a mask",
+        lambda: update(subset(UPGRAD), tasks=jnp.ones(5, bool)),
+        r"got bool\[5\]",
+    ),
+    case(
+        "subset: a task twice",
+        lambda: subset(UPGRAD).update(JACOBIAN, subset(UPGRAD).init(PARAMS), tasks=[0, 1, 0]),
+        r"`tasks` must be different integers from 0 to 4, got \[0, 1, 0\]",
+    ),
+    case(
+        "subset: rows of other tasks",
+        lambda: update(subset(UPGRAD, num_present=2), tasks=jnp.arange(2)),
+        "num_present=2, but the Jacobian has 3 rows",
+    ),
+    case(
+        "subset: the state of another number of tasks",
+        lambda: subset(UPGRAD).update(
+            JACOBIAN, subset(UPGRAD, num_tasks=4).init(PARAMS), tasks=[0, 1, 2]
+        ),
+        r"State leaf 'weights': expected the shape \(5,\) for 5 tasks, found \(4,\)",
+    ),
+    case(
+        "subset: the state of something else",
+        lambda: subset(UPGRAD).update(JACOBIAN, (), tasks=[0, 1, 2]),
+        "state of `subset` must be what its `init` returns",
+    ),
+    case(
+        "subset: losses of all tasks for a scalarizer",
+        lambda: subset(scalarizers.mean()).apply(jnp.ones(5), (), tasks=[0, 1, 2]),
+        "`losses` has 5 entries, but there are 3 tasks",
+    ),
+    case(
+        "subset: a scalarizer for another number of tasks",
+        lambda: subset(scalarizers.mean()).init(3),
+        "made with num_tasks=5, got 3",
     ),
     case(
         "per_task without tasks",

@@ -29,7 +29,7 @@ BELOW = {
     "aggregators": {"weightings", "linalg", "base", "checks"},
     "labels": {"base", "checks"},
     "grouping": {"aggregators", "weightings", "labels", "linalg", "base", "checks"},
-    "transforms": {"weightings", "linalg", "base", "checks"},
+    "transforms": {"grouping", "aggregators", "weightings", "linalg", "base", "checks"},
     "integrations": {"autodiff", "transforms", "base", "checks"},
     "aggregated": {"grouping", "aggregators", "autodiff", "base", "checks"},
     "autodiff": {"labels", "linalg", "base", "checks"},

@@ -11,6 +11,8 @@ from jaxjd.autodiff._per_example import (
 from jaxjd.autodiff._per_example import (
     per_example_value_and_jacobian as per_example_value_and_jacobian,
 )
+from jaxjd.autodiff._per_task import per_task_value_and_gramian as per_task_value_and_gramian
+from jaxjd.autodiff._per_task import per_task_value_and_jacobian as per_task_value_and_jacobian
 from jaxjd.autodiff._tapped import plan_jacobian as plan_jacobian
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "mtl_value_and_jacobian",
     "per_example_value_and_gramian",
     "per_example_value_and_jacobian",
+    "per_task_value_and_gramian",
+    "per_task_value_and_jacobian",
     "plan_jacobian",
     "stack_tasks",
     "value_and_gramian",

@@ -10,6 +10,7 @@ from jaxjd.transforms._per_task import PerTaskState as PerTaskState
 from jaxjd.transforms._per_task import per_task as per_task
 from jaxjd.transforms._skip_if_not_finite import SkipIfNotFiniteState as SkipIfNotFiniteState
 from jaxjd.transforms._skip_if_not_finite import skip_if_not_finite as skip_if_not_finite
+from jaxjd.transforms._subset import subset as subset
 
 __all__ = [
     "EnsureAggregatedState",
@@ -22,4 +23,5 @@ __all__ = [
     "multi_steps",
     "per_task",
     "skip_if_not_finite",
+    "subset",
 ]

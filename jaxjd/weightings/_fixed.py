@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxjd.base import PyTree, Weighting, stateless
+from jaxjd.base import PyTree, Weighting, stateless, stateless_with
 from jaxjd.checks import as_vector, check_length, check_square
 
 
@@ -72,7 +72,8 @@ def constant(weights: PyTree) -> Weighting:
       A `Weighting`.
 
     Raises:
-      ValueError: If `weights` is not a vector, or, in `update`, has not one entry per task.
+      ValueError: If `weights` is not a vector, or, in `init` and `update`, has not one entry per
+        task.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -88,4 +89,4 @@ def constant(weights: PyTree) -> Weighting:
         # Zeros made here belong to the mesh of the call, wherever `weights` was made.
         return jnp.zeros((m,), stat.dtype) + weights.astype(stat.dtype), state
 
-    return Weighting(stateless, update)
+    return Weighting(stateless_with(weights=weights), update)

@@ -67,8 +67,8 @@ def pcd(tau: PyTree = 0.02, beta: float = 0.999, eps: float = 1e-8) -> Weighting
       as it is.
 
     Raises:
-      ValueError: If an argument is out of range; in `init`, without `num_tasks`; in `update`, if
-        `tau` or the state belongs to another number of tasks.
+      ValueError: If an argument is out of range; in `init`, without `num_tasks` or if `tau`
+        belongs to another number of tasks; in `update`, if the state does.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -84,6 +84,7 @@ def pcd(tau: PyTree = 0.02, beta: float = 0.999, eps: float = 1e-8) -> Weighting
 
     def init(num_tasks: int, params: PyTree | None = None) -> PCDState:
         m = require_num_tasks(num_tasks, "pcd")
+        _check_levels(tau, m)
         return PCDState(jnp.zeros((), jnp.int32), jnp.zeros((m,), weight_dtype(params)))
 
     def update(stat: jax.Array, state: PCDState, **extra_args: Any) -> tuple:
@@ -97,11 +98,8 @@ def pcd(tau: PyTree = 0.02, beta: float = 0.999, eps: float = 1e-8) -> Weighting
         corrected = squares / (1 - rate**count)
         corrected = corrected + jnp.asarray(eps, dtype) * jnp.mean(corrected)
         scales = jnp.where(corrected > 0, 1 / jnp.sqrt(jnp.where(corrected > 0, corrected, 1)), 0)
+        _check_levels(tau, m)
         levels = jnp.asarray(tau, dtype)
-        if levels.ndim == 1 and levels.shape[0] != m - 1:
-            raise ValueError(
-                f"`tau` has {levels.shape[0]} entries, but there are {m - 1} secondary tasks."
-            )
         weights, certificate = _closest(stat, scales, jnp.broadcast_to(levels, (m - 1,)))
         finite = jnp.isfinite(stat).all()
         state = PCDState(
@@ -185,6 +183,13 @@ def _residual(
     nothing = (largest > 0).astype(gramian.dtype)
     residual = jnp.where(unit.nonzero[0], residual, nothing)
     return jnp.where(jnp.isfinite(gramian).all() & jnp.isfinite(weights).all(), residual, jnp.nan)
+
+
+def _check_levels(tau: Any, num_tasks: int) -> None:
+    if jnp.ndim(tau) == 1 and tau.size != num_tasks - 1:
+        raise ValueError(
+            f"`tau` has {tau.size} entries, but there are {num_tasks - 1} secondary tasks."
+        )
 
 
 def _check_tau(tau: Any) -> Any:
