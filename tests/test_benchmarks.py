@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from tests.benchmarks import compile_time, steps
+from tests.benchmarks import compile_time, shapes, steps
 from tests.benchmarks.step_cases import CASES, make_numbers
 from tests.benchmarks.step_jax import Variant
 
@@ -30,6 +30,22 @@ def test_a_case_is_measured(case, tmp_path):
             assert row[key] > 0
         assert math.isfinite(row["temporary_mb"])
     assert rows["jax plain"]["ratio"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["heads", "pinn", "own", "stacked", "adapters"])
+def test_a_shape_is_measured(kind, tmp_path):
+    path, picture = tmp_path / "shapes.json", tmp_path / "shapes.svg"
+    options = ["--no-torch", "--seconds", "0.01", "--rounds", "2"]
+    files = ["--json", str(path), "--plot", str(picture)]
+    shapes.main(["--cases", f"tiny-{kind}", *options, *files])
+    result = json.loads(path.read_text())
+    # The documented route agrees with `jax.jacrev`, and calls between with the plain gradient.
+    assert all(row["difference"] <= 1e-4 for row in result["rows"])
+    (line,) = result["lines"]
+    for key in ("plain_ms", "ours", "every", "jacrev", "temporaries", "compile_s"):
+        assert line[key] > 0
+    assert picture.read_bytes().startswith(b"<?xml")
 
 
 def test_variants_that_disagree_are_not_timed():
