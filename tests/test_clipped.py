@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -19,22 +19,15 @@ import jaxjd
 from jaxjd.integrations import nnx as engines
 from jaxjd.linalg.layers import ConvolutionLayer
 from tests import zoo
-from tests.benchmarks.step_cases import Case, make_numbers
-from tests.benchmarks.step_jax import make_model
-from tests.jaxprs import equations
+from tests.benchmarks import clipping
+from tests.benchmarks.clipping import CASES, by_hand, plain, problem
+from tests.benchmarks.step_cases import Case
+from tests.jaxprs import equations, multiplications
+from tests.pages import DOCS, table_in
 from tests.registry import slow_but
 from tests.test_zoo import assert_close, loss_of_an_example
 
 clipped = jaxjd.per_example_value_and_clipped_grad
-
-
-def reference(loss, clip_norm, params, *batch):
-    """From the gradients of all examples."""
-    axes = (None, *[0] * len(batch))
-    losses, rows = jax.vmap(jax.value_and_grad(loss), in_axes=axes)(params, *batch)
-    norms = jax.vmap(optax.tree.norm)(rows)
-    scales = jnp.minimum(1, clip_norm / jnp.maximum(norms, 1e-30))
-    return losses, jax.tree.map(lambda rows: jnp.tensordot(scales, rows, 1), rows), norms
 
 
 # The numbers
@@ -80,7 +73,7 @@ def test_sums_are_those_of_clipped_gradients(name, monkeypatch):
     @jax.jit
     def everything(params, clip_norm):
         return (
-            reference(loss, clip_norm, params, x),
+            by_hand(loss, clip_norm)(params, x),
             clipped(loss, clip_norm)(params, x),
             clipped(loss, clip_norm, chunk_size=2)(params, x),
         )
@@ -115,7 +108,7 @@ def test_dtypes(dtype):
     with jax.enable_x64(True):
         params, data = sequence_problem(dtype)
         exact = jax.tree.map(lambda array: array.astype(jnp.float64), (params, data))
-        wanted = jax.jit(functools.partial(reference, sequence_loss, 0.5))(exact[0], *exact[1])
+        wanted = jax.jit(by_hand(sequence_loss, 0.5))(exact[0], *exact[1])
         engine = clipped(sequence_loss, 0.5, chunk_size=4)
         losses, gradient, norms = found = jax.jit(engine)(params, *data)
         assert losses.dtype == dtype
@@ -247,50 +240,6 @@ def test_models_of_nnx():
 # The cost
 
 
-def plain(loss, params, *batch):
-    def mean(params):
-        losses = jax.vmap(functools.partial(loss, params))(*batch)
-        return losses.mean(), losses
-
-    return jax.grad(mean, has_aux=True)(params)
-
-
-def mlp(batch):
-    def loss(params, x, y):
-        for kernel in params[:-1]:
-            x = jax.nn.relu(x @ kernel)
-        return jnp.sum((x @ params[-1] - y) ** 2)
-
-    shape = jax.ShapeDtypeStruct((batch, 512), jnp.float32)
-    return loss, [jax.ShapeDtypeStruct((512, 512), jnp.float32)] * 8, (shape, shape)
-
-
-def cnn(batch):
-    case = Case("cnn", "cnn", batch=batch, m=batch)
-    params, data = make_numbers(case)
-    return make_model(case).example, params, (data["inputs"], data["targets"])
-
-
-def multiplications(jaxpr):
-    """In products and convolutions, as often as their loops run them."""
-    total = 0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            ((contract, _), _) = params["dimension_numbers"]
-            size = math.prod(equation.invars[0].aval.shape[axis] for axis in contract)
-            total += size * math.prod(equation.outvars[0].aval.shape)
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            size = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += size * math.prod(equation.outvars[0].aval.shape)
-        for value in params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += multiplications(inner) * params.get("length", 1)
-    return total
-
-
 def figures(step, params, batch):
     compiled = jax.jit(step).lower(params, *batch).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
@@ -299,18 +248,17 @@ def figures(step, params, batch):
 
 @pytest.mark.parametrize("batch", [128, 256])
 def test_an_mlp_takes_one_plain_step(batch):
-    loss, params, data = mlp(batch)
-    base = figures(functools.partial(plain, loss), params, data)
-    own = figures(clipped(loss, 1.0), params, data)
+    loss, params, data = problem(CASES[f"MLP of 8 x 512, batch {batch}"])
+    own, base = (figures(step, params, data) for step in (clipped(loss, 1.0), plain(loss)))
     for most, figure, unit in zip((1.05, 1.5, 1.5), own, base, strict=True):
         assert figure <= most * unit
 
 
 @pytest.mark.parametrize("batch", [pytest.param(128, marks=pytest.mark.slow), 16])
 def test_a_cnn_takes_one_plain_step(batch):
-    loss, params, data = cnn(batch)
-    steps = (clipped(loss, 1.0), functools.partial(plain, loss))
-    own, base = (multiplications(jax.make_jaxpr(step)(params, *data).jaxpr) for step in steps)
+    loss, params, data = problem(Case("cnn", "cnn", batch, batch))
+    steps = (clipped(loss, 1.0), plain(loss))
+    own, base = (multiplications(jax.make_jaxpr(step)(params, *data)) for step in steps)
     assert own <= 1.05 * base
     # XLA's convolution writes no patches that its analysis sees. A loop's bytes count once there.
     (_, *own), (_, *base) = (figures(step, params, data) for step in steps)
@@ -318,19 +266,36 @@ def test_a_cnn_takes_one_plain_step(batch):
         assert figure <= most * unit
 
 
-@pytest.mark.parametrize("make", [mlp, cnn])
-def test_no_gramian_and_no_copy_of_the_kernels(make):
+@pytest.mark.parametrize(
+    ("kind", "largest"), [("examples", 512), ("cnn", 9 * 32 * 24 * 24)], ids=["mlp", "cnn"]
+)
+def test_no_gramian_and_no_copy_of_the_kernels(kind, largest):
     batch = 37
-    loss, params, data = make(batch)
-    shapes = [
-        var.aval.shape
-        for equation in equations(clipped(loss, 1.0), params, *data)
-        for var in equation.outvars
-    ]
+    loss, params, data = problem(Case("", kind, batch, batch, depth=3, width=512, inputs=512))
+    found = equations(clipped(loss, 1.0), params, *data)
+    shapes = [var.aval.shape for equation in found for var in equation.outvars]
     assert not any(shape.count(batch) > 1 for shape in shapes)
-    # As many as the activations of the largest layer, and no gradients of kernels that are larger.
-    largest = {mlp: 512, cnn: 9 * 32 * 24 * 24}[make]
+    # As many entries as the activations, or the patches, of the largest layer.
     assert max(map(math.prod, shapes)) <= max(batch * largest, 512 * 512)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    path = tmp_path / "clipping.json"
+    clipping.main(["--cases", "tiny", "--rounds", "1", "--seconds", "0.001", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["step"] for row in rows] == list(clipping.steps_of(sequence_loss))
+    assert all(row["cpu_s"] > 0 for row in rows)
+
+
+def test_the_page_has_the_results():
+    path = DOCS.parent / "tests" / "benchmarks" / "results" / "clipping.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert table_in(clipping.PAGE.read_text(), "clipping").strip() == clipping.table(rows)
+    whole = [row for row in rows if row["step"] == "jaxjd"]
+    base = {row["case"]: row["cpu_s"] for row in rows if row["step"] == "plain"}
+    assert len(whole) == len(base) == 4
+    assert all(row["cpu_s"] <= 1.5 * base[row["case"]] for row in whole)
 
 
 def test_long_sequences_and_large_tables_keep_their_factors():
