@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxjd
 from jaxjd.integrations import nnx as engines
+from jaxjd.linalg.algebra import squared_norms
 from jaxjd.linalg.layers import ConvolutionLayer
 from tests import zoo
 from tests.benchmarks import clipping
@@ -164,6 +165,11 @@ def test_rows_that_cancel_have_a_length():
     assert jnp.isfinite(gradient).all()
     largest = jnp.sum(jnp.abs(signs)) ** 2 * 100 * jnp.max(jnp.sum(x**2, axis=-1))
     assert (norms**2 <= 100 * jnp.finfo(jnp.float32).eps * largest).all()
+
+
+def test_lengths_of_complex_rows():
+    rows = {"w": jnp.array([[3 + 4j, 0.0], [1j, 2.0]]), "b": jnp.array([1.0, 2.0])}
+    np.testing.assert_array_equal(squared_norms(rows, (2,), jnp.float32), [26, 9])
 
 
 # Options

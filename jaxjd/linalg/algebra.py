@@ -295,9 +295,10 @@ def squared_norms(jacobian: Jacobian, shape: tuple[int, ...], dtype: Any) -> jax
     for leaf in jax.tree.leaves(jacobian):
         if isinstance(leaf, FactoredLeaf):
             total = total + leaf.squared_norms(dtype)
-        else:
+            continue
+        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
             axes = tuple(range(1, leaf.ndim))
-            total = total + jnp.sum(jnp.square(leaf.astype(dtype)), axis=axes)
+            total = total + jnp.sum(jnp.square(part.astype(dtype)), axis=axes)
     return total
 
 
