@@ -167,6 +167,21 @@ def test_rows_that_cancel_have_a_length():
     assert (norms**2 <= 100 * jnp.finfo(jnp.float32).eps * largest).all()
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
+@pytest.mark.parametrize("width", [(), (4,)])
+def test_embeddings_of_any_shape(shape, width):
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (5, *shape)))
+    table = zoo.draw(0, 50, *width)
+
+    def loss(table, ids):
+        return jnp.sum(jnp.sin(table[ids]) * jnp.cos(ids.reshape(*shape, *[1] * len(width))))
+
+    _, gradient, norms = jax.jit(clipped(loss, 1.0))(table, ids)
+    _, wanted, lengths = by_hand(loss, 1.0)(table, ids)
+    np.testing.assert_allclose(norms, lengths, rtol=1e-5)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_lengths_of_complex_rows():
     rows = {"w": jnp.array([[3 + 4j, 0.0], [1j, 2.0]]), "b": jnp.array([1.0, 2.0])}
     np.testing.assert_array_equal(squared_norms(rows, (2,), jnp.float32), [26, 9])

@@ -392,12 +392,12 @@ class EmbeddingLayer(Layer):
         """The squared lengths of the rows: cotangents of equal indices are added up first."""
 
         def one(indices: jax.Array, cotangents: jax.Array) -> jax.Array:
-            indices = indices.ravel()
-            order = jnp.argsort(indices)
-            indices, cotangents = indices[order], cotangents.reshape(indices.size, -1)[order]
-            is_new = jnp.diff(indices, prepend=indices[:1]) != 0
-            sums = jnp.zeros(cotangents.shape, dtype).at[jnp.cumsum(is_new)]
-            return jnp.sum(jnp.square(sums.add(cotangents.astype(dtype))))
+            cotangents = cotangents.reshape(indices.size, *cotangents.shape[indices.ndim :])
+            order = jnp.argsort(indices.ravel())
+            changes = jnp.diff(indices.ravel()[order]) != 0
+            places = jnp.cumsum(jnp.pad(changes, (indices.size - changes.size, 0)))
+            sums = jnp.zeros(cotangents.shape, dtype).at[places]
+            return jnp.sum(jnp.square(sums.add(cotangents[order].astype(dtype))))
 
         return jax.vmap(one)(inputs, cotangents)
 
