@@ -167,8 +167,8 @@ def test_rows_that_cancel_have_a_length():
     assert (norms**2 <= 100 * jnp.finfo(jnp.float32).eps * largest).all()
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
-@pytest.mark.parametrize("width", [(), (4,)])
+@pytest.mark.parametrize("shape", slow_but({(2, 3), (0,)}, [(), (3,), (2, 3), (0,)]))
+@pytest.mark.parametrize("width", slow_but({(4,)}, [(), (4,)]))
 def test_embeddings_of_any_shape(shape, width):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (5, *shape)))
     table = zoo.draw(0, 50, *width)
@@ -177,7 +177,7 @@ def test_embeddings_of_any_shape(shape, width):
         return jnp.sum(jnp.sin(table[ids]) * jnp.cos(ids.reshape(*shape, *[1] * len(width))))
 
     _, gradient, norms = jax.jit(clipped(loss, 1.0))(table, ids)
-    _, wanted, lengths = by_hand(loss, 1.0)(table, ids)
+    _, wanted, lengths = jax.jit(by_hand(loss, 1.0))(table, ids)
     np.testing.assert_allclose(norms, lengths, rtol=1e-5)
     np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
 
