@@ -40,7 +40,6 @@ clipped = jaxjd.per_example_value_and_clipped_grad
         {
             "linen cnn",
             "linen language model with tied embedding",
-            "embeddings with indices of all kinds",
             "rnn",
             "custom rule with a parameter",
         },
