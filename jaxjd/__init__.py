@@ -44,6 +44,9 @@ from jaxjd.aggregators import upgrad as upgrad
 from jaxjd.aggregators import weighted as weighted
 from jaxjd.autodiff import mtl_value_and_gramian as mtl_value_and_gramian
 from jaxjd.autodiff import mtl_value_and_jacobian as mtl_value_and_jacobian
+from jaxjd.autodiff import (
+    per_example_value_and_clipped_grad as per_example_value_and_clipped_grad,
+)
 from jaxjd.autodiff import per_example_value_and_gramian as per_example_value_and_gramian
 from jaxjd.autodiff import per_example_value_and_jacobian as per_example_value_and_jacobian
 from jaxjd.autodiff import per_task_value_and_gramian as per_task_value_and_gramian
@@ -138,6 +141,7 @@ __all__ = [
     "nash_mtl",
     "pcd",
     "pcgrad",
+    "per_example_value_and_clipped_grad",
     "per_example_value_and_gramian",
     "per_example_value_and_jacobian",
     "per_task",

@@ -369,5 +369,5 @@ def slow_but(quick: Any, params: Any) -> list:
     name = lambda param: getattr(param, "name", param)
     unknown = set(quick) - set(map(name, params))
     assert not unknown, f"no such parameters: {unknown}"
-    slow = lambda param: pytest.param(param, marks=pytest.mark.slow, id=name(param))
+    slow = lambda param: pytest.param(param, marks=pytest.mark.slow, id=str(name(param)))
     return [param if name(param) in quick else slow(param) for param in params]

@@ -1279,6 +1279,22 @@ ENGINES = [
         "`form`",
         "got 'sparse'",
     ),
+    *(
+        case(
+            f"{what} for a bound on gradients",
+            lambda value=value: jaxjd.per_example_value_and_clipped_grad(norms, value),
+            "`clip_norm` must be",
+            wanted,
+            f"got {found}",
+        )
+        for what, value, wanted, found in (
+            ("zero", 0.0, "> 0", "0.0"),
+            ("a number below zero", -1, "> 0", "-1"),
+            ("NaN", float("nan"), "> 0", "nan"),
+            ("a string", "1", "a number", "'1'"),
+            ("a vector", jnp.ones(2), "a scalar", r"float32\[2\]"),
+        )
+    ),
     case(
         "form of an explanation",
         lambda: jaxjd.diagnostics.explain_jacobian(norms, PARAMS, form="sparse"),
@@ -1930,6 +1946,11 @@ STATES = [
             ("value_and_gramian", "fn", jaxjd.value_and_gramian),
             ("per_example_value_and_jacobian", "fn", jaxjd.per_example_value_and_jacobian),
             ("per_example_value_and_gramian", "fn", jaxjd.per_example_value_and_gramian),
+            (
+                "per_example_value_and_clipped_grad",
+                "fn",
+                lambda f: jaxjd.per_example_value_and_clipped_grad(f, 1.0),
+            ),
             (
                 "mtl_value_and_jacobian",
                 "trunk_fn",

@@ -1,5 +1,8 @@
 """Engines: functions that return losses together with their Jacobian or Gramian."""
 
+from jaxjd.autodiff._clipped import (
+    per_example_value_and_clipped_grad as per_example_value_and_clipped_grad,
+)
 from jaxjd.autodiff._gramian import value_and_gramian as value_and_gramian
 from jaxjd.autodiff._jacobian import stack_tasks as stack_tasks
 from jaxjd.autodiff._jacobian import value_and_jacobian as value_and_jacobian
@@ -18,6 +21,7 @@ from jaxjd.autodiff._tapped import plan_jacobian as plan_jacobian
 __all__ = [
     "mtl_value_and_gramian",
     "mtl_value_and_jacobian",
+    "per_example_value_and_clipped_grad",
     "per_example_value_and_gramian",
     "per_example_value_and_jacobian",
     "per_task_value_and_gramian",

@@ -32,6 +32,7 @@ __all__ = [
     "mtl_value_and_gramian",
     "per_example_value_and_jacobian",
     "per_example_value_and_gramian",
+    "per_example_value_and_clipped_grad",
 ]
 
 Heads = Callable[..., Any] | Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
@@ -331,6 +332,51 @@ def per_example_value_and_gramian(
     def per_example_fn(model: Any, *batch: Any) -> tuple[Any, Any, Pullback]:
         values, wrap, gramian, pullback = run(model, batch)
         return values, gramian, lambda weights: wrap(pullback(weights))
+
+    return per_example_fn
+
+
+def per_example_value_and_clipped_grad(
+    fn: Callable[..., Any],
+    clip_norm: Any,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    **options: Any,
+) -> Callable[..., tuple[Any, PyTree, jax.Array]]:
+    """Returns a function that computes one loss per example and the sum of the clipped gradients.
+
+    Args:
+      fn: As for `per_example_value_and_jacobian`.
+      clip_norm: The bound on the length of an example's gradient.
+      has_aux: Whether `fn` returns ``(loss, aux)``.
+      wrt: Which variables of the model to differentiate.
+      **options: `chunk_size`, as for `jaxjd.per_example_value_and_clipped_grad`.
+
+    Returns:
+      A function ``(model, *batch)`` that returns what `jaxjd.per_example_value_and_clipped_grad`
+      does; the gradient has the structure of those of `nnx.value_and_grad`.
+
+    Raises:
+      ValueError: As for `per_example_value_and_jacobian` and
+        `jaxjd.per_example_value_and_clipped_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxjd.integrations.nnx import per_example_value_and_clipped_grad
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> loss = lambda model, x: jnp.sum(model(x) - 1.0)
+      >>> engine = per_example_value_and_clipped_grad(loss, 0.5)
+      >>> losses, gradient, norms = engine(model, jnp.ones((8, 3)))
+      >>> print(gradient["kernel"][...].ravel(), norms[0])
+      [2. 2. 2.] 2.0
+    """
+    engine = functools.partial(autodiff.per_example_value_and_clipped_grad, clip_norm=clip_norm)
+    run = _per_example(engine, fn, has_aux, wrt, options)
+
+    def per_example_fn(model: Any, *batch: Any) -> tuple[Any, PyTree, jax.Array]:
+        values, wrap, gradient, norms = run(model, batch)
+        return values, wrap(gradient), norms
 
     return per_example_fn
 

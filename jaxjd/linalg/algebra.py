@@ -279,6 +279,29 @@ def wide_combination(weights: jax.Array, jacobian: Jacobian) -> PyTree:
     return jax.tree.map(lambda leaf: _leaf_combination(weights, leaf), jacobian)
 
 
+def keep_smaller(jacobian: Jacobian) -> Jacobian:
+    """Writes out the factored leaves whose rows have no more entries than the factors."""
+    return jax.tree.map(
+        lambda leaf: leaf.smaller() if isinstance(leaf, FactoredLeaf) else leaf, jacobian
+    )
+
+
+def squared_norms(jacobian: Jacobian, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The squared lengths of the rows, shape ``(m,)``: the diagonal of the Gramian alone.
+
+    Factored leaves are those of tasks with inputs of their own.
+    """
+    total = jnp.zeros(shape, dtype)
+    for leaf in jax.tree.leaves(jacobian):
+        if isinstance(leaf, FactoredLeaf):
+            total = total + leaf.squared_norms(dtype)
+            continue
+        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+            axes = tuple(range(1, leaf.ndim))
+            total = total + jnp.sum(jnp.square(part.astype(dtype)), axis=axes)
+    return total
+
+
 def materialize(jacobian: Jacobian) -> Jacobian:
     """Returns the Jacobian with every leaf as a plain array of shape ``(m, *param.shape)``.
 

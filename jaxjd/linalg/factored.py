@@ -74,6 +74,17 @@ class FactoredLeaf(OpaqueLeaf):
             return product(rows, rows, contract=range(1, self.ndim), dtype=dtype)
         return self.layer.gramian(self, dtype)
 
+    def smaller(self) -> FactoredLeaf | jax.Array:
+        """Itself, or its rows as an array if they have no more entries than the factors."""
+        sizes = self.sizes
+        is_large = sizes.tasks * sizes.entries > sizes.factor_entries
+        return self if is_large else self._rows()  # Not rounded to the parameter's dtype.
+
+    def squared_norms(self, dtype: Any) -> jax.Array:
+        """The squared lengths of the rows, shape ``(m,)``; every task has inputs of its own."""
+        found = self.layer.squared_norms(self.inputs, self.cotangents, dtype)
+        return jnp.maximum(found, 0)  # Where rows cancel, rounding can go below.
+
     def cross_gramian(self, other: FactoredLeaf, dtype: Any) -> jax.Array | None:
         """The inner products with the rows of another leaf; None where there is no better way."""
         kernel, transient = gramian_costs(self.sizes)

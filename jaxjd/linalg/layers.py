@@ -170,6 +170,22 @@ class Layer:
         total = vary(jnp.zeros((sizes.tasks, sizes.tasks), dtype), sorted(axes))
         return lax.scan(lambda total, part: (total + part_of(part), None), total, parts)[0]
 
+    def squared_norms(self, inputs: jax.Array, cotangents: jax.Array, dtype: Any) -> jax.Array:
+        """The squared lengths of the rows of tasks with inputs of their own, shape ``(m,)``."""
+        start = 1 + self.batch
+        end = start + self.rows
+        inputs = self.expand(inputs)
+
+        def inner(array: jax.Array) -> jax.Array:
+            if math.prod(cotangents.shape[start:end]) == 1:  # |a^T b| = |a| |b|.
+                axes = range(start, array.ndim)
+                return jnp.sum(jnp.square(array.astype(dtype)), axis=tuple(axes))
+            contract, batch = range(end, array.ndim), range(start)
+            return product(array, array, contract=contract, batch=batch, dtype=dtype)
+
+        pairs = inner(inputs) * inner(cotangents)
+        return jnp.sum(pairs, axis=tuple(range(1, pairs.ndim)))
+
     def kernel(self, a_1: jax.Array, a_2: jax.Array, dtype: Any, tasks: int) -> jax.Array:
         """Inner products of inputs, shape ``(*batch, [m,] *rows, [m',] *rows')``."""
         a_1, a_2 = self.expand(a_1), self.expand(a_2)
@@ -313,6 +329,19 @@ class ConvolutionLayer(Layer):
             return jax.vmap(plain)(inputs, cotangents)
         return lax.map(lambda pair: plain(*pair), (inputs, cotangents), batch_size=chunk)
 
+    def squared_norms(self, inputs: jax.Array, cotangents: jax.Array, dtype: Any) -> jax.Array:
+        """The squared lengths of the rows, a few of them at a time."""
+        plain = super().squared_norms
+        size, chunk = inputs.shape[0], self._chunk(inputs, 0)
+        if chunk == size:
+            return plain(inputs, cotangents, dtype)
+
+        def cut(array: jax.Array) -> jax.Array:
+            return array.reshape(size // chunk, chunk, *array.shape[1:])
+
+        parts = (cut(inputs), cut(cotangents))
+        return lax.map(lambda pair: plain(pair[0], pair[1], dtype), parts).ravel()
+
 
 class EmbeddingLayer(Layer):
     """A table whose rows are looked up: the inputs are indices, with zero cotangents if invalid.
@@ -358,6 +387,19 @@ class EmbeddingLayer(Layer):
         cotangents = cotangents.reshape(cotangents.shape[0], count, -1)
         sums = jnp.zeros_like(cotangents).at[:, first].add(cotangents)
         return product(sums, sums, contract=(1, 2), dtype=dtype)
+
+    def squared_norms(self, inputs: jax.Array, cotangents: jax.Array, dtype: Any) -> jax.Array:
+        """The squared lengths of the rows: cotangents of equal indices are added up first."""
+
+        def one(indices: jax.Array, cotangents: jax.Array) -> jax.Array:
+            cotangents = cotangents.reshape(indices.size, *cotangents.shape[indices.ndim :])
+            order = jnp.argsort(indices.ravel())
+            changes = jnp.diff(indices.ravel()[order]) != 0
+            places = jnp.cumsum(jnp.pad(changes, (indices.size - changes.size, 0)))
+            sums = jnp.zeros(cotangents.shape, dtype).at[places]
+            return jnp.sum(jnp.square(sums.add(cotangents[order].astype(dtype))))
+
+        return jax.vmap(one)(inputs, cotangents)
 
     def kernel(self, a_1: jax.Array, a_2: jax.Array, dtype: Any, tasks: int) -> jax.Array:
         """Which indices are equal."""
