@@ -96,11 +96,17 @@ def aggregated_value_and_grad(
       num_tasks: The number of losses. Needed if the weighting's state depends on it, and by
         `every`; with it the state holds the last weights.
       argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
-      has_aux: Whether `fn` returns auxiliary output next to the losses.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
       labels: Groups of parameters with weights of their own, as for `jaxjd.grouped`.
-      form: How the Jacobian is held, as for `jaxjd.value_and_jacobian`; the gradient is the same.
-        With ``"dense"`` `fn` is run and not traced, outside of `jax.jit`.
-      chunk_size: As for `jaxjd.value_and_jacobian`.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
       every: The weights are computed in the first call and in every `every`-th one after it. Those
         between use the last weights, and cost one backward pass (one per group with `labels`), as
         in Xu, Ju, Liu and Yang, "PSMGD: Periodic Stochastic Multi-Gradient Descent for Fast

@@ -32,6 +32,25 @@ Certificate: TypeAlias = Any
 """A ``jax.tree_util.Partial`` that returns a residual, a pytree of such, or None."""
 
 
+class Differentiated(NamedTuple):
+    """What an engine for Jacobians differentiates, as the function tells that it returned.
+
+    Attributes:
+      argnums: The numbers of the positional arguments.
+      single: Whether there is one Jacobian, and no tuple of them.
+      has_aux: Whether the losses come in a pair with auxiliary output.
+    """
+
+    argnums: tuple[int, ...]
+    single: bool
+    has_aux: bool
+
+    def tell(self, fn: Any) -> Callable[..., Any]:
+        """Returns a function that tells it, in an attribute that ``functools.wraps`` copies."""
+        fn.differentiated = self
+        return fn
+
+
 class WeightingInit(Protocol):
     """The type of `Weighting.init`."""
 

@@ -1159,6 +1159,12 @@ ENGINES = [
     ),
     case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
     case(
+        "form without a Jacobian",
+        lambda: engine(norms, form="products"),
+        "got 'products', which holds no Jacobian",
+        "value_and_gramian",
+    ),
+    case(
         "values in a function that is traced",
         lambda: engine(lambda p: norms(p) if jnp.sum(p["c"]) > 0 else -norms(p), form="auto"),
         "needs values",

@@ -110,6 +110,11 @@ def spread(weights: jax.Array, losses: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, found)
 
 
+def ones_like(losses: PyTree) -> PyTree:
+    """The cotangents of the losses of their sum."""
+    return jax.tree.map(lambda loss: vary_like(jnp.ones_like(loss), loss), losses)
+
+
 def vary_like(array: jax.Array, like: Any) -> jax.Array:
     """Gives a constant the varying mesh axes of another array, as `jax.shard_map` demands."""
     axes = _varying(jax.typeof(like) if isinstance(like, jax.Array) else like)
