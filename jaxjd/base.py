@@ -343,12 +343,12 @@ def _check_num_tasks(num_tasks: Any) -> int:
 
 
 def weight_dtype(tree: PyTree | None) -> jnp.dtype:
-    """Returns the dtype in which weights of this tree are computed: at least float32.
+    """Returns the real dtype in which weights of this tree are computed: at least float32.
 
     Without leaves to go by it is JAX's default float dtype.
     """
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    floats = [jnp.finfo(dtype).dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
     if not floats:
         return jnp.asarray(0.0).dtype
     return jnp.dtype(jnp.result_type(jnp.float32, *floats))

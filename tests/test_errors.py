@@ -123,6 +123,7 @@ def rows_for(num_tasks):
 
 
 TWO = rows_for(2)
+MOCO = weightings.moco()
 NO_TASK_AXIS = jax.tree.map(lambda leaf: leaf[0], JACOBIAN)
 
 JACOBIANS = [
@@ -218,11 +219,32 @@ JACOBIANS = [
         r"found int32\[3,3\]",
     ),
     case(
-        "complex leaf",
-        lambda: jaxjd.gramian(replaced(jnp.ones((3, 3), complex))),
-        "leaf 'c'",
-        "real floating point",
+        "complex leaf of a real parameter",
+        lambda: update(jaxjd.upgrad(), replaced(jnp.ones((3, 3), complex))),
+        "leaf 'c': expected a real dtype",
         r"found complex64\[3,3\]",
+    ),
+    case(
+        "complex leaf with a real state",
+        lambda: MOCO.update(replaced(jnp.ones((3, 3), complex)), MOCO.init(3, PARAMS)),
+        "The Jacobian is complex",
+        "`moco` was initialized with real leaves",
+    ),
+    *(
+        case(
+            f"complex leaf: {name}",
+            lambda tx=tx: update(
+                tx, replaced(jnp.ones((3, 3), complex)), {**PARAMS, "c": jnp.ones(3, complex)}
+            ),
+            f"leaf 'c': `{name}` looks at single entries",
+            r"found complex64\[3",
+        )
+        for name, tx in (
+            ("graddrop", jaxjd.graddrop(key=0)),
+            ("trimmed_mean", jaxjd.trimmed_mean(trim_number=1)),
+            ("excess_mtl", jaxjd.excess_mtl(num_tasks=3)),
+            ("momentum_conflict_free", jaxjd.momentum_conflict_free(num_tasks=3)),
+        )
     ),
     case(
         "leaf that is no array",
@@ -1095,13 +1117,6 @@ ENGINES = [
         "leaf 'step'",
         "floating point",
         r"found int32\[\]",
-    ),
-    case(
-        "complex parameter",
-        lambda: engine(norms, {**PARAMS, "z": jnp.zeros(2, complex)}),
-        "leaf 'z'",
-        "real floating point",
-        r"found complex64\[2\]",
     ),
     case(
         "parameter that is no array",

@@ -225,7 +225,8 @@ def _by_products(
     transposed = jax.linear_transpose(pull, losses)
 
     def products(gradient: PyTree) -> jax.Array:
-        parts = jax.tree.leaves(transposed(gradient))
+        # The transposed pullback has no conjugate, and its result is real: that is the real part.
+        parts = jax.tree.leaves(transposed(jax.tree.map(jnp.conj, gradient)))
         return jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
 
     def products_one_by_one(gradient: PyTree) -> jax.Array:

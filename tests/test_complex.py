@@ -1,0 +1,203 @@
+"""Complex parameters: everything is as for their real and imaginary parts, as in `jax.grad`."""
+
+from __future__ import annotations
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxjd
+from jaxjd.diagnostics import explain_jacobian
+from tests.matrices import gaussian
+
+M = 3
+WEIGHTS = jnp.array([1.0, -2.0, 0.5])
+close = functools.partial(chex.assert_trees_all_close, rtol=1e-10, atol=1e-10)
+
+
+def draw(seed, *shape):
+    return jnp.asarray(gaussian(seed, *shape), "float64")
+
+
+def drawn(seed, *shape):
+    return jax.lax.complex(draw(seed, *shape), draw(seed + 100, *shape))
+
+
+def problem():
+    params = {
+        "filter": drawn(0, 4),
+        "mix": drawn(1, 4, 5),
+        "out": draw(2, 5, M),
+        "heads": [drawn(3 + n, 4) for n in range(2)],
+        "stack": drawn(6, M, 4),
+    }
+    return params, draw(7, 6, 4)
+
+
+def one(params, x):
+    """The losses of one example."""
+    spectrum = jnp.fft.fft(x) * params["filter"]
+    mixed = spectrum @ params["mix"]
+    return jnp.tanh(mixed.real + jnp.abs(mixed) * mixed.imag) @ params["out"]
+
+
+def shared(params, x):
+    return jnp.mean(jax.vmap(functools.partial(one, params))(x) ** 2, axis=0)
+
+
+def owned(params, x):
+    """Losses that own complex parameters: whole ones, and entries along an axis."""
+    spectrum = jnp.fft.fft(x) * params["filter"][None]
+    each = [jnp.mean(jnp.abs(spectrum @ head) ** 2) for head in params["heads"]]
+    stacked = jnp.einsum("bi,ti->tb", spectrum, params["stack"])
+    per_task = jnp.mean(jnp.abs(stacked) ** 2, axis=1)
+    return per_task + jnp.stack([*each, jnp.sum(params["out"]) ** 2])
+
+
+def inner_products(rows):
+    """The real part of the rows' products with their conjugates."""
+    flat = [np.asarray(leaf).reshape(M, -1) for leaf in jax.tree.leaves(rows)]
+    return sum(np.real(leaf @ leaf.conj().T) for leaf in flat)
+
+
+@pytest.mark.parametrize(
+    ("fn", "chunk_size"),
+    [(shared, 2), (owned, None), pytest.param(owned, 1, marks=pytest.mark.slow)],
+)
+def test_engines_equal_jacrev(fn, chunk_size):
+    with jax.enable_x64(True):
+        params, x = problem()
+        rows = jax.jacrev(fn)(params, x)
+        gradient = jax.grad(lambda params: WEIGHTS @ fn(params, x))(params)
+        close(jaxjd.combine(WEIGHTS, rows), gradient)
+        close(jaxjd.gramian(rows), inner_products(rows))
+        assert jaxjd.gramian(rows).dtype == jnp.float64
+        for form in ("dense", "auto", "factored", "products"):
+            options = {"form": form, "chunk_size": chunk_size}
+            if form != "products":
+                _, found = jaxjd.value_and_jacobian(fn, **options)(params, x)
+                close(jaxjd.materialize(found), rows)
+                close(jaxjd.combine(WEIGHTS, found), gradient)
+            labels = {"filter": "a", "mix": "a", "out": "b", "heads": "b", "stack": "b"}
+            for given in (None, labels):
+                engine = jaxjd.value_and_gramian(fn, labels=given, **options)
+                _, gramian, pullback = engine(params, x)
+                if given is not None:
+                    part = {name: rows[name] for name in ("filter", "mix")}
+                    close(gramian["a"], inner_products(part))
+                    gramian = gramian["a"] + gramian["b"]
+                close(gramian, inner_products(rows))
+                close(pullback(WEIGHTS), gradient)
+
+
+def test_kinds_of_leaves_and_their_report():
+    with jax.enable_x64(True):
+        params, x = problem()
+        _, jacobian = jaxjd.value_and_jacobian(owned, form="auto")(params, x)
+        kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(jacobian)}
+        assert {"RowsLeaf", "BlocksLeaf"} <= kinds
+        reports = explain_jacobian(shared, params, x, quiet=True)
+        assert {report.form for report in reports if "out" not in report.path} == {"dense"}
+
+
+@pytest.mark.parametrize("form", ["dense", "auto"])
+def test_trunk_and_heads(form):
+    with jax.enable_x64(True):
+        params, x = problem()
+
+        def trunk(params, x):
+            return jnp.fft.fft(x) * params["filter"][None]
+
+        def heads(kernels, z, x):
+            return jnp.stack([jnp.mean(jnp.abs(z @ kernel) ** 2) for kernel in kernels])
+
+        kernels = [drawn(20 + n, 4) for n in range(M)]
+        losses = lambda params, kernels: heads(kernels, trunk(params, x), x)
+        rows, by_loss = jax.jacrev(losses, (0, 1))(params, kernels)
+        sums = jax.tree.map(lambda leaf: leaf.sum(0), by_loss)
+        _, (found, gradients) = jaxjd.mtl_value_and_jacobian(trunk, heads, form=form)(
+            params, kernels, x
+        )
+        close((jaxjd.materialize(found), gradients), (rows, sums))
+        features = jax.jacrev(lambda z: heads(kernels, z, x))(trunk(params, x))
+        for how in (form, "products"):
+            engine = jaxjd.mtl_value_and_gramian(trunk, heads, form=how)
+            _, gramian, pullback = engine(params, kernels, x)
+            close(gramian, inner_products(features))
+            close(pullback(WEIGHTS), (jaxjd.combine(WEIGHTS, rows), sums))
+
+
+def test_one_loss_per_example():
+    with jax.enable_x64(True):
+        params, x = problem()
+        x = x[:M]
+        loss = lambda params, x: jnp.sum(one(params, x) ** 2)
+        rows = jax.jacrev(lambda params: jax.vmap(functools.partial(loss, params))(x))(params)
+        for form, chunk_size in (("auto", None), ("dense", 2), ("products", None)):
+            options = {"form": form, "chunk_size": chunk_size}
+            if form != "products":
+                _, found = jaxjd.per_example_value_and_jacobian(loss, **options)(params, x)
+                close(jaxjd.materialize(found), rows)
+            engine = jaxjd.per_example_value_and_gramian(loss, **options)
+            _, gramian, pullback = engine(params, x)
+            close(gramian, inner_products(rows))
+            close(pullback(WEIGHTS), jaxjd.combine(WEIGHTS, rows))
+
+
+def parts(tree):
+    """The real and imaginary parts side by side."""
+    return jax.tree.map(lambda leaf: jnp.stack([leaf.real, leaf.imag], axis=-1), tree)
+
+
+AGGREGATORS = {
+    "upgrad": lambda: jaxjd.upgrad(num_tasks=M),
+    "grouped": lambda: jaxjd.grouped(jaxjd.weightings.mgda(), jaxjd.labels.by_tensor, num_tasks=M),
+    "moco": lambda: jaxjd.moco(num_tasks=M),
+    "db_mtl": lambda: jaxjd.db_mtl(num_tasks=M),
+    "multi_steps": lambda: jaxjd.multi_steps(jaxjd.mgda(num_tasks=M), 1, M),
+    "per_task": lambda: optax.chain(jaxjd.per_task(optax.trace(0.5), M), jaxjd.mean()),
+    "skipped": lambda: jaxjd.skip_if_not_finite(jaxjd.pcgrad(key=0, num_tasks=M)),
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_updates_are_those_of_the_parts(name):
+    with jax.enable_x64(True):
+        params = {"z": drawn(0, 4), "w": drawn(1, 2, 3)}
+        jacobian = {"z": drawn(2, M, 4), "w": drawn(3, M, 2, 3)}
+        losses = jnp.arange(1.0, M + 1)
+        tx = AGGREGATORS[name]()
+
+        def run(params, jacobian):
+            state = tx.init(params)
+            for _ in range(2):
+                updates, state = tx.update(jacobian, state, params, losses=losses)
+            return updates
+
+        found = run(params, jacobian)
+        assert all(leaf.dtype == jnp.complex128 for leaf in jax.tree.leaves(found))
+        close(parts(found), run(parts(params), parts(jacobian)), rtol=1e-8, atol=1e-8)
+
+
+def test_a_step_of_descent_takes_the_conjugate():
+    with jax.enable_x64(True):
+        params, x = problem()
+        init, apply = jaxjd.aggregated_value_and_grad(shared, jaxjd.weightings.upgrad())
+        (before, gradient), _ = apply(init(params), params, x)
+        step = jax.tree.map(lambda g: -1e-6 * jnp.conj(g), gradient)
+        change = shared(jax.tree.map(jnp.add, params, step), x) - before
+        assert (change < 0).all()
+        rows = jax.jacrev(shared)(params, x)
+        row = jax.tree.map(lambda g: g[None], gradient)
+        expected = -1e-6 * jaxjd.cross_gramian(rows, row)[:, 0]
+        # The second derivatives are of the order of the first.
+        close(change, expected, rtol=1e-3, atol=0)
+        close(jaxjd.diagnostics.predicted_change_by(step, rows), expected, atol=0)
+        around = jaxjd.diagnostics.monitored(jaxjd.upgrad(num_tasks=M), M, learning_rate=1e-6)
+        _, state = around.update(rows, around.init(params), params)
+        close(state.predicted_change, expected, atol=0)
