@@ -1173,6 +1173,19 @@ ENGINES = [
         "got float",
     ),
     case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
+    *(
+        case(
+            f"form without a Jacobian for {name}",
+            lambda w=w: jaxjd.aggregated_value_and_grad(norms, w, num_tasks=2, form="products"),
+            "form='products' holds no Jacobian",
+            "got (JacobianWeighting|CrossGramianWeighting|Aggregator)",
+        )
+        for name, w in (
+            ("a weighting of the Jacobian", weightings.moco()),
+            ("a weighting of two batches", weightings.modo()),
+            ("an aggregator", jaxjd.upgrad()),
+        )
+    ),
     case(
         "form without a Jacobian",
         lambda: engine(norms, form="products"),

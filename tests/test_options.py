@@ -88,11 +88,36 @@ def test_parallel_asks_for_nothing_that_the_engine_knows():
     chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], found), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", [*JACOBIANS, FRONT], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("engine", JACOBIANS, ids=lambda e: e.__name__)
 def test_products_hold_no_jacobian(engine):
-    other = {jaxjd.mtl_value_and_jacobian: abs, FRONT: jaxjd.weightings.sum()}.get(engine)
+    other = {jaxjd.mtl_value_and_jacobian: abs}.get(engine)
     with pytest.raises(ValueError, match=r"holds no Jacobian.*value_and_gramian"):
         engine(abs, *(() if other is None else (other,)), form="products")
+
+
+@pytest.mark.parametrize(
+    ("labels", "every"), [(None, 2), ({"w": "a", "b": "b"}, 1), ({"w": "a", "b": "b"}, 2)]
+)
+def test_products_behind_the_front_door(labels, every):
+    params = {"w": jnp.asarray(gaussian(0, 4, M)), "b": jnp.asarray(gaussian(1, M))}
+    x = jnp.asarray(gaussian(2, 5, 4))
+    losses = lambda params, x: (jnp.mean((x @ params["w"] + params["b"][None]) ** 2, 0), x)
+    weighting = jaxjd.weightings.cr_mogm(jaxjd.weightings.mgda("loss"))
+    options = {"num_tasks": M, "has_aux": True, "labels": labels, "every": every}
+
+    def run(form, params, x):
+        init, apply = FRONT(losses, weighting, form=form, **options)
+        state, found = init(params), []
+        for _ in range(2):
+            result, state = apply(state, params, x)
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, params, result[1])
+            found.append(result)
+        return found, state
+
+    found, expected = (
+        jax.jit(functools.partial(run, form))(params, x) for form in ("products", "dense")
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def features_of(params, x, *, shift):
