@@ -17,6 +17,7 @@ from jax import lax
 import jaxjd
 from jaxjd import sharding
 from jaxjd.integrations import nnx as nnx_engines
+from tests import random_losses
 from tests.matrices import gaussian
 from tests.test_cost_of_shapes import array, cost, fit, net
 
@@ -392,3 +393,49 @@ def test_arguments_of_one_loss_per_example_for_modules():
     close([jax.tree.leaves(part) for part in pullback(WEIGHTS)], jaxjd.combine(WEIGHTS, rows))
     with pytest.raises(ValueError, match="names an argument twice"):
         nnx_engines.per_example_value_and_jacobian(of_modules, argnums=(0, 0))(left, x, right, y=y)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        seed if seed in (15, 36) else pytest.param(seed, marks=pytest.mark.slow)
+        for seed in range(60)
+    ],
+)
+def test_random_trunks_and_heads(seed):
+    """Any of the parameters may be the trunk's, in functions of all kinds."""
+    with jax.enable_x64(True):
+        params, data, _ = random_losses.arguments(seed, "float64")
+        fn = random_losses.losses_of(seed)
+        leaves, treedef = jax.tree.flatten(params)
+        is_head = np.random.default_rng(seed).integers(0, 2, len(leaves)).astype(bool)
+        is_head[:2] = [seed % 2, 1 - seed % 2]
+        pick = lambda which: [
+            leaf for leaf, own in zip(leaves, is_head, strict=True) if own == which
+        ]
+        form = ("dense", "auto", "factored")[seed % 3]
+        options = {"form": form, "chunk_size": (None, 1, 2)[seed // 3 % 3]}
+
+        def heads_fn(heads, trunk, data):
+            rest = {True: iter(heads), False: iter(trunk)}
+            full = [next(rest[bool(own)]) for own in is_head]
+            return fn(jax.tree.unflatten(treedef, full), data)[0]
+
+        def run(trunk, heads, data):
+            trunk_fn = lambda trunk, data: jax.tree.map(lambda leaf: 2.0 * leaf, trunk)
+            engine = jaxjd.mtl_value_and_jacobian(trunk_fn, heads_fn, **options)
+            values, (rows, sums) = engine(trunk, heads, data)
+            weights = jnp.arange(1.0, 1 + jaxjd.gramian(rows).shape[0])
+            engine = jaxjd.mtl_value_and_gramian(trunk_fn, heads_fn, **options)
+            _, gramian, pullback = engine(trunk, heads, data)
+            found = jaxjd.materialize(rows), sums, gramian, pullback(weights)
+            losses = lambda trunk, heads: heads_fn(heads, trunk_fn(trunk, data), data)
+            by_losses = jax.jacrev(losses, (0, 1))(trunk, heads)
+            wanted, by_heads = jaxjd.stack_tasks(by_losses, values)
+            gradients = jax.tree.map(lambda leaf: leaf.sum(0), by_heads)
+            update = jaxjd.combine(weights, wanted), gradients
+            # The features are twice the trunk's parameters.
+            return found, (wanted, gradients, jaxjd.gramian(wanted) / 4, update)
+
+        found, wanted = jax.jit(run)(pick(False), pick(True), data)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-8, atol=1e-8)
