@@ -11,12 +11,14 @@ import optax
 from jax import lax
 
 from jaxjd.aggregators import weighted
-from jaxjd.autodiff import value_and_jacobian
+from jaxjd.aggregators._weighted import weigh
+from jaxjd.autodiff import value_and_gramian, value_and_jacobian
 from jaxjd.autodiff._gramian import Groups, pull_weights
 from jaxjd.autodiff._jacobian import arguments, check_argnums
-from jaxjd.base import CrossGramianWeighting, PyTree, Weighting
+from jaxjd.base import CrossGramianWeighting, JacobianWeighting, PyTree, Weighting
 from jaxjd.checks import check_function, check_state, check_static_int, type_name
 from jaxjd.grouping import grouped
+from jaxjd.grouping._grouped import weigh_groups
 
 Losses = Callable[..., Any] | Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
 
@@ -97,11 +99,17 @@ def aggregated_value_and_grad(
       num_tasks: The number of losses. Needed if the weighting's state depends on it, and by
         `every`; with it the state holds the last weights.
       argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
-      has_aux: Whether `fn` returns auxiliary output next to the losses.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
       labels: Groups of parameters with weights of their own, as for `jaxjd.grouped`.
-      form: How the Jacobian is held, as for `jaxjd.value_and_jacobian`; the gradient is the same.
-        With ``"dense"`` `fn` is run and not traced, outside of `jax.jit`.
-      chunk_size: As for `jaxjd.value_and_jacobian`.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
       every: The weights are computed in the first call and in every `every`-th one after it. Those
         between use the last weights, and cost one backward pass (one per group with `labels`), as
         in Xu, Ju, Liu and Yang, "PSMGD: Periodic Stochastic Multi-Gradient Descent for Fast
@@ -118,7 +126,8 @@ def aggregated_value_and_grad(
 
     Raises:
       ValueError: If an option is out of range, `every` is more than 1 for an aggregator or without
-        `num_tasks`, or `labels` are given with an aggregator; when applied, as for
+        `num_tasks`, `labels` are given with an aggregator, or ``form="products"`` with what reads
+        more than the Gramian; when applied, as for
         `jaxjd.value_and_jacobian` and the weighting.
 
     Example:
@@ -142,7 +151,11 @@ def aggregated_value_and_grad(
     every = check_static_int("every", every, at_least=1)
     aggregator = _aggregator(weighting, labels, num_tasks, every)
     numbers, single = check_argnums(argnums)
-    jacobian_fn = value_and_jacobian(losses_fn, argnums, has_aux, chunk_size, form)
+    if by_products := form == "products":
+        _check_gramian_weighting(weighting)
+        gramian_fn = value_and_gramian(losses_fn, argnums, has_aux, chunk_size, form, labels)
+    else:
+        jacobian_fn = value_and_jacobian(losses_fn, argnums, has_aux, chunk_size, form)
     reads_pair = isinstance(weighting, CrossGramianWeighting)
 
     def init(params: PyTree) -> AggregatedGradState:
@@ -170,6 +183,21 @@ def aggregated_value_and_grad(
             gradient, inner = aggregator.update(jacobian, inner, params, **extra)
             return values, gradient, inner
 
+        def whole_by_products(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
+            values, gramian, pullback = gramian_fn(*args, **kwargs)
+            losses = values[0] if has_aux else values
+            m = jax.tree.leaves(gramian)[0].shape[0]
+            rest = (m, inner, {"losses": losses})
+            if labels is None:
+                weights, inner, _ = weigh(weighting, num_tasks, lambda: gramian, *rest)
+            else:
+                names = sorted(gramian)
+                weights, inner, _ = weigh_groups(
+                    weighting, num_tasks, gramian.__getitem__, names, *rest
+                )
+                weights = dict(zip(names, weights, strict=True))
+            return values, pullback(weights), inner
+
         def backward(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
             groups = Groups.of(labels, params)
             losses, aux, _, pullback = pull_weights(losses_of, chosen, single, has_aux, groups)
@@ -183,15 +211,25 @@ def aggregated_value_and_grad(
                 "A weighting of two batches needs `cross_args=(args1, args2)` and argnums=0, got "
                 f"cross_args={type_name(cross_args)} and argnums={argnums}."
             )
+        step = whole_by_products if by_products else whole
         if every == 1:
-            values, gradient, inner = whole(state.aggregator)
+            values, gradient, inner = step(state.aggregator)
             return (values, gradient), AggregatedGradState((), inner)
         # A conditional takes one branch: the Jacobian is not computed in between.
         count = jnp.asarray(state.count)
-        values, gradient, inner = lax.cond(count == 0, whole, backward, state.aggregator)
+        values, gradient, inner = lax.cond(count == 0, step, backward, state.aggregator)
         return (values, gradient), AggregatedGradState((count + 1) % every, inner)
 
     return AggregatedGrad(init, apply)
+
+
+def _check_gramian_weighting(weighting: Any) -> None:
+    reads_rows = isinstance(weighting, (JacobianWeighting, CrossGramianWeighting))
+    if reads_rows or not isinstance(weighting, Weighting):
+        raise ValueError(
+            "form='products' holds no Jacobian: `weighting` must be one of the Gramian, got "
+            f"{type_name(weighting)}."
+        )
 
 
 def _together(fn: Losses, has_aux: bool) -> Callable[..., Any]:

@@ -32,6 +32,25 @@ Certificate: TypeAlias = Any
 """A ``jax.tree_util.Partial`` that returns a residual, a pytree of such, or None."""
 
 
+class Differentiated(NamedTuple):
+    """What an engine for Jacobians differentiates, as the function tells that it returned.
+
+    Attributes:
+      argnums: The numbers of the positional arguments.
+      single: Whether there is one Jacobian, and no tuple of them.
+      has_aux: Whether the losses come in a pair with auxiliary output.
+    """
+
+    argnums: tuple[int, ...]
+    single: bool
+    has_aux: bool
+
+    def tell(self, fn: Any) -> Callable[..., Any]:
+        """Returns a function that tells it, in an attribute that ``functools.wraps`` copies."""
+        fn.differentiated = self
+        return fn
+
+
 class WeightingInit(Protocol):
     """The type of `Weighting.init`."""
 
@@ -324,12 +343,12 @@ def _check_num_tasks(num_tasks: Any) -> int:
 
 
 def weight_dtype(tree: PyTree | None) -> jnp.dtype:
-    """Returns the dtype in which weights of this tree are computed: at least float32.
+    """Returns the real dtype in which weights of this tree are computed: at least float32.
 
     Without leaves to go by it is JAX's default float dtype.
     """
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    floats = [jnp.finfo(dtype).dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
     if not floats:
         return jnp.asarray(0.0).dtype
     return jnp.dtype(jnp.result_type(jnp.float32, *floats))

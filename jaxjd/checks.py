@@ -190,6 +190,19 @@ def check_entries(name: str, value: Any, *, at_least: float, at_most: float) -> 
             check_range(f"{name}[{place}]", entry, at_least=at_least, at_most=at_most)
 
 
+def argument_number(number: Any, num_args: int) -> int:
+    """Returns the number of a positional argument, counted from the first.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ValueError(f"`argnums` must hold ints, got {number!r}.")
+    if not -num_args <= number < num_args:
+        raise ValueError(f"`argnums` has {number}, but there are {num_args} positional arguments.")
+    return number % num_args
+
+
 def check_square(name: str, value: Any) -> int:
     """Checks that an argument is a non-empty floating point square matrix; returns its size.
 

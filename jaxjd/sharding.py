@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import path_name, type_name
+from jaxjd.base import Differentiated, Jacobian, PyTree
+from jaxjd.checks import argument_number, path_name, type_name
 from jaxjd.linalg.opaque import OpaqueLeaf
 from jaxjd.linalg.reduction import gather_leaf, mean_leaf
 from jaxjd.linalg.sharded import ShardedLeaf, is_checked, local_part, shard_axes, varying_axes
@@ -31,9 +31,6 @@ def parallel(
     engine: Callable[..., tuple[Any, Any]],
     axis_name: AxisNames,
     param_specs: PyTree | None = None,
-    *,
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     r"""Makes an engine return the losses and the Jacobian of all devices together.
 
@@ -52,14 +49,14 @@ def parallel(
     between tensor-parallel layers), but no derivative rules that undo what they do.
 
     Args:
-      engine: What `jaxjd.value_and_jacobian` or `jaxjd.mtl_value_and_jacobian` returned.
+      engine: What `jaxjd.value_and_jacobian` or `jaxjd.mtl_value_and_jacobian` returned. It tells
+        which arguments it differentiates and whether it has auxiliary output; a function around it
+        does with ``functools.wraps(engine)``, as `jax.jit` does.
       axis_name: The mesh axis, or axes, over which the batch is split.
       param_specs: How the differentiated parameters are split, a pytree of
         `jax.sharding.PartitionSpec` as ``in_specs`` of `jax.shard_map` has it, or a prefix of it;
-        not split at all by default. With a sequence as `argnums`, a tuple of such.
-      argnums: Which positional arguments the engine differentiates: ``(0, 1)`` for that of
-        `jaxjd.mtl_value_and_jacobian`.
-      has_aux: Whether the engine returns ``((losses, aux), jacobian)``.
+        not split at all by default. A tuple of such where a sequence of arguments is
+        differentiated, and for trunk and heads.
 
     Returns:
       A function of the engine's arguments that returns the same as the engine, with the mean of the
@@ -88,11 +85,11 @@ def parallel(
        [  7.   8.]]
     """
     names = _names(axis_name)
-    single = not isinstance(argnums, Sequence)
-    numbers = (argnums,) if single else tuple(argnums)
 
     def parallel_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        chosen = tuple(_argument(args, number) for number in numbers)
+        argnums, single, has_aux = _differentiated(engine)
+        numbers = [argument_number(number, len(args)) for number in argnums]
+        chosen = tuple(args[number] for number in numbers)
         prefix = (param_specs,) if single or param_specs is None else tuple(param_specs)
         if param_specs is None:
             prefix = (None,) * len(chosen)
@@ -105,7 +102,7 @@ def parallel(
         full = list(args)
         for number, arg in zip(numbers, jax.tree.unflatten(treedef, varied), strict=True):
             full[number] = arg
-        values, jacobian = _run(engine, full, kwargs)
+        values, jacobian = engine(*full, **kwargs)
         losses, aux = values if has_aux else (values, None)
         over = _loss_axes(losses, axes)
         count = lax.axis_size(over) if over else 1
@@ -124,15 +121,9 @@ def parallel(
             is_row = leaf.ndim == jnp.ndim(param) + 1
             return ShardedLeaf(leaf, split) if split and is_row else leaf
 
-        reduced = jax.tree.leaves(jacobian)
-        if len(reduced) != len(leaves):
-            raise ValueError(
-                f"The engine differentiated {len(reduced)} leaves, but the arguments {numbers} "
-                f"have {len(leaves)}: pass its `argnums`, (0, 1) for mtl_value_and_jacobian."
-            )
         reduced = [
             reduce(leaf, param, split)
-            for leaf, param, split in zip(reduced, leaves, splits, strict=True)
+            for leaf, param, split in zip(jax.tree.leaves(jacobian), leaves, splits, strict=True)
         ]
         jacobian = jax.tree.unflatten(jax.tree.structure(jacobian), reduced)
         return ((losses, aux) if has_aux else losses), jacobian
@@ -351,20 +342,15 @@ def _axes(axis_name: AxisNames) -> tuple[str, ...]:
     return names
 
 
-def _argument(args: tuple, number: int) -> Any:
-    if not 0 <= number < len(args):
-        raise ValueError(f"`argnums` has {number}, but there are {len(args)} positional arguments.")
-    return args[number]
-
-
-def _run(engine: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    found = engine(*args, **kwargs)
-    if not isinstance(found, tuple) or len(found) != 2:
+def _differentiated(engine: Any) -> Differentiated:
+    found = getattr(engine, "differentiated", None)
+    if not isinstance(found, Differentiated):
         raise ValueError(
-            "`engine` must return the losses and a Jacobian, got "
-            f"{len(found) if isinstance(found, tuple) else type_name(found)} results. The Gramian "
-            "of a mean of Jacobians is no mean of Gramians: take jaxjd.value_and_jacobian, and "
-            "jaxjd.gramian and jaxjd.combine of its result."
+            "`engine` must be what jaxjd.value_and_jacobian or jaxjd.mtl_value_and_jacobian "
+            f"returned, got {getattr(engine, '__name__', type_name(engine))}. The Gramian of a "
+            "mean of Jacobians is no mean of Gramians: take jaxjd.gramian and jaxjd.combine of the "
+            "Jacobian. With a loss per example the devices' rows differ: jaxjd.sharding."
+            "gather_tasks. A function around an engine needs functools.wraps(engine)."
         )
     return found
 

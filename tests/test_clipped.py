@@ -189,6 +189,35 @@ def test_lengths_of_complex_rows():
 # Options
 
 
+def test_arguments_by_number_and_by_name():
+    params, (x, y) = sequence_problem()
+    head = {"head": params.pop("head")}
+    loss = lambda x, trunk, head, *, y: sequence_loss(trunk | head, x, y)
+
+    @jax.jit
+    def both():
+        engine = clipped(loss, 0.7, argnums=(1, -1), chunk_size=4)
+        return engine(x, params, head, y=y), clipped(sequence_loss, 0.7)(params | head, x, y)
+
+    (losses, (trunk, own), norms), wanted = both()
+    chex.assert_trees_all_close((losses, trunk | own, norms), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_complex_parameters():
+    loss = lambda w, x: jnp.sum(jnp.abs(x @ w) ** 2)
+    w, x = jax.lax.complex(zoo.draw(0, 4, 3), zoo.draw(1, 4, 3)), zoo.draw(2, 6, 2, 4)
+
+    @jax.jit
+    def both(clip_norm):
+        chunks = clipped(loss, clip_norm, chunk_size=4)
+        return by_hand(loss, clip_norm)(w, x), clipped(loss, clip_norm)(w, x), chunks(w, x)
+
+    norms = both(jnp.inf)[0][2]
+    wanted, *found = both(jnp.mean(norms))
+    for results in found:
+        chex.assert_trees_all_close(results, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_size", slow_but({1, 4}, [1, 2, 4, 6, 9]))
 def test_chunks_and_auxiliary_output(chunk_size):
     params, (x, y) = sequence_problem()

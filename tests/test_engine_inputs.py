@@ -109,9 +109,8 @@ def test_one_loss_at_a_time_is_not_batched():
     for losses in (fn, once):
         check(jax.jit(lambda p, f=losses: results(f, one, p, X, False, (1,)))(PARAMS), expected)
 
-    def shared(params, x):
-        found = one(params, x[0])
-        return [found, 2.0 * found, 3.0 * found]
+    shared_of = lambda found: [found, 2.0 * found, 3.0 * found]
+    shared = lambda params, x: shared_of(one(params, x[0]))
 
     for form in FORMS:
         if form in ("auto", "factored"):  # What each loss owns is never batched.
@@ -127,8 +126,11 @@ def test_one_loss_at_a_time_is_not_batched():
             assert isinstance(error.value.__cause__, NotImplementedError)
     trunk = lambda params, x: jnp.tanh(x @ params["w"] + params["b"])
     heads = lambda _, features, x: [unbatchable(row) for row in features]
-    with pytest.raises(ValueError, match="chunk_size=1"):
-        jaxjd.mtl_value_and_jacobian(trunk, heads)(PARAMS, [], X)
+    again = lambda _, features, x: shared_of(unbatchable(features[0]))
+    for engine in (jaxjd.mtl_value_and_jacobian, jaxjd.mtl_value_and_gramian):
+        with pytest.raises(ValueError, match="chunk_size=1"):
+            engine(trunk, again)(PARAMS, [], X)
+    close(jaxjd.mtl_value_and_jacobian(trunk, heads)(PARAMS, [], X)[1][0], expected)
     _, (rows, _) = jaxjd.mtl_value_and_jacobian(trunk, heads, chunk_size=1)(PARAMS, [], X)
     close(rows, expected)
     _, gramian, pullback = jaxjd.mtl_value_and_gramian(trunk, heads, chunk_size=1)(PARAMS, [], X)

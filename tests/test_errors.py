@@ -127,6 +127,7 @@ def rows_for(num_tasks):
 
 
 TWO = rows_for(2)
+MOCO = weightings.moco()
 NO_TASK_AXIS = jax.tree.map(lambda leaf: leaf[0], JACOBIAN)
 
 JACOBIANS = [
@@ -222,11 +223,32 @@ JACOBIANS = [
         r"found int32\[3,3\]",
     ),
     case(
-        "complex leaf",
-        lambda: jaxjd.gramian(replaced(jnp.ones((3, 3), complex))),
-        "leaf 'c'",
-        "real floating point",
+        "complex leaf of a real parameter",
+        lambda: update(jaxjd.upgrad(), replaced(jnp.ones((3, 3), complex))),
+        "leaf 'c': expected a real dtype",
         r"found complex64\[3,3\]",
+    ),
+    case(
+        "complex leaf with a real state",
+        lambda: MOCO.update(replaced(jnp.ones((3, 3), complex)), MOCO.init(3, PARAMS)),
+        "The Jacobian is complex",
+        "`moco` was initialized with real leaves",
+    ),
+    *(
+        case(
+            f"complex leaf: {name}",
+            lambda tx=tx: update(
+                tx, replaced(jnp.ones((3, 3), complex)), {**PARAMS, "c": jnp.ones(3, complex)}
+            ),
+            f"leaf 'c': `{name}` looks at single entries",
+            r"found complex64\[3",
+        )
+        for name, tx in (
+            ("graddrop", jaxjd.graddrop(key=0)),
+            ("trimmed_mean", jaxjd.trimmed_mean(trim_number=1)),
+            ("excess_mtl", jaxjd.excess_mtl(num_tasks=3)),
+            ("momentum_conflict_free", jaxjd.momentum_conflict_free(num_tasks=3)),
+        )
     ),
     case(
         "leaf that is no array",
@@ -1112,13 +1134,6 @@ ENGINES = [
         r"found int32\[\]",
     ),
     case(
-        "complex parameter",
-        lambda: engine(norms, {**PARAMS, "z": jnp.zeros(2, complex)}),
-        "leaf 'z'",
-        "real floating point",
-        r"found complex64\[2\]",
-    ),
-    case(
         "parameter that is no array",
         lambda: jaxjd.value_and_jacobian(norms)({**PARAMS, "activation": jnp.tanh}),
         "leaf 'activation'",
@@ -1173,6 +1188,25 @@ ENGINES = [
         "got float",
     ),
     case("unknown form", lambda: engine(norms, form="banana"), "`form`", "got 'banana'"),
+    *(
+        case(
+            f"form without a Jacobian for {name}",
+            lambda w=w: jaxjd.aggregated_value_and_grad(norms, w, num_tasks=2, form="products"),
+            "form='products' holds no Jacobian",
+            "got (JacobianWeighting|CrossGramianWeighting|Aggregator)",
+        )
+        for name, w in (
+            ("a weighting of the Jacobian", weightings.moco()),
+            ("a weighting of two batches", weightings.modo()),
+            ("an aggregator", jaxjd.upgrad()),
+        )
+    ),
+    case(
+        "form without a Jacobian",
+        lambda: engine(norms, form="products"),
+        "got 'products', which holds no Jacobian",
+        "value_and_gramian",
+    ),
     case(
         "values in a function that is traced",
         lambda: engine(lambda p: norms(p) if jnp.sum(p["c"]) > 0 else -norms(p), form="auto"),

@@ -356,7 +356,7 @@ def test_tasks_with_heads_and_auxiliary_output():
     (losses, _), gradients = jax.jit(engine)(PARAMS["first"], heads, *BATCH)
 
     def run(params, x, y):
-        parallel = sharding.parallel(engine, "data", argnums=(0, 1), has_aux=True)
+        parallel = sharding.parallel(engine, "data")
         (losses, (total, _)), gradients = parallel(params["first"], heads, x, y)
         return losses, gradients, lax.psum(total, "data")
 
@@ -562,11 +562,13 @@ def test_mistakes_are_reported():
         "structure of the parameters or a prefix", sharding.parallel(engine, "data", {"first": P()})
     )
     raises("no mean of Gramians", sharding.parallel(jaxjd.value_and_gramian(losses_fn), "data"))
-    raises("has 3, but there are 3", sharding.parallel(engine, "data", argnums=3))
+    another = lambda argnums: jaxjd.value_and_jacobian(losses_fn, argnums)
+    raises("has 3, but there are 3", sharding.parallel(another(3), "data"))
     raises(
         "one entry per differentiated argument",
-        sharding.parallel(engine, "data", (P(),), argnums=(0, 1)),
+        sharding.parallel(another((0, 1)), "data", (P(),)),
     )
+    raises("functools.wraps", sharding.parallel(lambda *args: engine(*args), "data"))
     raises("pass `param_specs`", lambda params, *_: sharding.sharded(params), checked=False)
 
 

@@ -58,7 +58,9 @@ def test_the_numbers_of_a_loop_over_the_tasks(chunk_size):
 
         @jax.jit
         def run(params, data):
-            engine = jaxjd.per_task_value_and_jacobian(with_aux, True, chunk_size, "auto")
+            engine = jaxjd.per_task_value_and_jacobian(
+                with_aux, has_aux=True, chunk_size=chunk_size, form="auto"
+            )
             (values, aux), jacobian = engine(params, *data)
             engine = jaxjd.per_task_value_and_gramian(loss, chunk_size=chunk_size)
             _, gramian, pullback = engine(params, *data)

@@ -18,7 +18,7 @@ from jaxjd.checks import (
     check_static_int,
     type_name,
 )
-from jaxjd.linalg.algebra import count_tasks, materialize
+from jaxjd.linalg.algebra import count_tasks, materialize, refuse_complex
 from jaxjd.linalg.sharded import refuse_sharded
 
 
@@ -109,6 +109,7 @@ def graddrop(
         check_state("`graddrop`", state, GradDropState)
         if leak is not None:
             check_length("leak", leak.shape[0], m)
+        refuse_complex(updates, "graddrop")
         refuse_sharded(updates, "`graddrop`, whose draws depend on the place in the parameter,")
         key, draw_key = jax.random.split(state.key)
         leaves, treedef = jax.tree.flatten(updates)

@@ -19,7 +19,7 @@ from jaxjd.base import (
     weight_dtype,
 )
 from jaxjd.checks import check_range, check_state, check_static_int, path_name, type_name
-from jaxjd.linalg.algebra import combine, count_tasks, gramian
+from jaxjd.linalg.algebra import combine, count_tasks, gramian, refuse_complex
 from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.linalg.sharded import local_rows, mark_like, num_shards, sum_leaves
 from jaxjd.weightings._conflict_free import conflict_free
@@ -165,6 +165,7 @@ def momentum_conflict_free(
         if not leaves:
             return updates, state, None
         check_state("`momentum_conflict_free`", state, MomentumConflictFreeState)
+        refuse_complex(updates, "momentum_conflict_free")
         moments, structure = jax.tree.flatten(state.first_moments)
         if task is None:
             check_num_tasks(count_tasks(updates, params) or m, m)

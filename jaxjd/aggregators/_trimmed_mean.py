@@ -13,7 +13,7 @@ from jax import lax
 from jaxjd.aggregators._weighted import check_num_tasks
 from jaxjd.base import Aggregator, Jacobian, PyTree
 from jaxjd.checks import check_static_int
-from jaxjd.linalg.algebra import count_tasks
+from jaxjd.linalg.algebra import count_tasks, refuse_complex
 from jaxjd.linalg.sharded import local_rows
 
 _FEW = 4
@@ -71,6 +71,7 @@ def trimmed_mean(trim_number: int, *, num_tasks: int | None = None) -> Aggregato
             return updates, state
         check_num_tasks(m, num_tasks)
         _check_rows(m, trim_number)
+        refuse_complex(updates, "trimmed_mean")
 
         def trim(leaf: jax.Array) -> jax.Array:
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)

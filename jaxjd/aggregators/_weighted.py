@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -82,15 +83,10 @@ def weighted(
         m = count_tasks(updates, params)
         if m is None:
             return updates, state, None
-        check_num_tasks(m, num_tasks)
-        check_state("an aggregator", state, AggregatorState)
-        check_logged(state.weights, () if num_tasks is None else (m,))
-        stat = read_stat(weighting, updates, extra_args)
-        weights, inner, certificate = solve(weighting.update, stat, state.weighting, **extra_args)
-        if getattr(weights, "shape", None) != (m,):
-            raise ValueError(f"Expected weights of shape {(m,)}, found {type_name(weights)}.")
-        logged = () if num_tasks is None else weights.astype(jnp.asarray(state.weights).dtype)
-        next_state = AggregatorState(weights=logged, weighting=inner)
+        weights, next_state, certificate = weigh(
+            weighting,
+            *(num_tasks, lambda: read_stat(weighting, updates, extra_args), m, state, extra_args),
+        )
         if not combine_pair:
             return combine(weights, updates), next_state, certificate
         # Combined one by one: leaves may be factored, which cannot be added.
@@ -103,6 +99,29 @@ def weighted(
         return mean, next_state, certificate
 
     return Aggregator(init, Certified(update))  # type: ignore[arg-type]
+
+
+def weigh(
+    weighting: Weighting,
+    num_tasks: int | None,
+    stat_of: Callable[[], Any],
+    m: int,
+    state: AggregatorState,
+    extra_args: Mapping[str, Any],
+) -> tuple[jax.Array, AggregatorState, Any]:
+    """What `weighted` does with the statistic of ``m`` tasks.
+
+    Returns:
+      The weights, the next state of the aggregator, and the certificate.
+    """
+    check_num_tasks(m, num_tasks)
+    check_state("an aggregator", state, AggregatorState)
+    check_logged(state.weights, () if num_tasks is None else (m,))
+    weights, inner, certificate = solve(weighting.update, stat_of(), state.weighting, **extra_args)
+    if getattr(weights, "shape", None) != (m,):
+        raise ValueError(f"Expected weights of shape {(m,)}, found {type_name(weights)}.")
+    logged = () if num_tasks is None else weights.astype(jnp.asarray(state.weights).dtype)
+    return weights, AggregatorState(weights=logged, weighting=inner), certificate
 
 
 def check_num_tasks(found: int, num_tasks: int | None) -> None:

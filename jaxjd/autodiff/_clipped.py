@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.autodiff._per_example import _Engine
+from jaxjd.autodiff._jacobian import check_argnums
+from jaxjd.autodiff._per_example import _by_example, _Engine
 from jaxjd.autodiff._tasks import check_chunk_size, vary_like
 from jaxjd.base import PyTree, weight_dtype
 from jaxjd.checks import check_function, check_range
@@ -20,6 +21,7 @@ def per_example_value_and_clipped_grad(
     fn: Callable[..., Any],
     clip_norm: Any,
     *,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., tuple[Any, PyTree, jax.Array]]:
@@ -44,18 +46,20 @@ def per_example_value_and_clipped_grad(
       fn: ``fn(params, *example) -> loss``, a scalar, for one example without a batch axis.
       clip_norm: The bound `C`, a positive number or scalar array; infinity clips nothing. What
         is in an array is not checked.
-      has_aux: Whether `fn` returns ``(loss, aux)``.
+      argnums: As for `jaxjd.per_example_value_and_jacobian`; a gradient is that with respect to
+        all chosen arguments together.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
       chunk_size: How many examples are differentiated at once, at least 1; all by default. The
         batch is cut into chunks of one size, filled up with copies that do not count, and there is
         still one pass over each. With 1 nothing is batched.
 
     Returns:
-      A function ``(params, *batch)``, where every leaf of `batch` has a leading axis of size `B`.
-      It returns ``(losses, gradient, norms)``, or ``((losses, aux), gradient, norms)`` as
-      `jaxjd.per_example_value_and_jacobian` does. `gradient` is a pytree like `params`, summed in
-      at least float32 and then rounded to their dtypes. `norms`, of shape ``(B,)`` and at least
-      float32, are the lengths of the gradients before they are clipped. An example whose gradient
-      is zero adds nothing.
+      A function of the arguments of `fn`, as for `jaxjd.per_example_value_and_jacobian`, that
+      returns ``(losses, gradient, norms)``, or ``((losses, aux), gradient, norms)``. `gradient` is
+      a pytree like what is differentiated, summed in at least float32 and then rounded. `norms`, of
+      shape ``(B,)`` and at least float32, are the lengths of the gradients before they are clipped.
+      An example whose gradient is zero adds nothing.
 
     Raises:
       ValueError: If an option is out of range; when called, as for
@@ -79,11 +83,13 @@ def per_example_value_and_clipped_grad(
     """
     check_function("fn", fn)
     check_range("clip_norm", clip_norm, above=0)
+    numbers, single = check_argnums(argnums)
     chunk_size = check_chunk_size(chunk_size)
 
-    def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, PyTree, jax.Array]:
+    def per_example_fn(*args: Any, **kwargs: Any) -> tuple[Any, PyTree, jax.Array]:
+        loss_of, params, batch = _by_example(fn, numbers, single, args, kwargs)
         # All factors that there are: which are worth it without a Gramian is decided below.
-        engine = _Engine(fn, params, batch, has_aux, "factored")
+        engine = _Engine(loss_of, params, batch, has_aux, "factored")
         (losses, aux, norms), total = _clipped(engine, batch, clip_norm, chunk_size)
         losses, aux = engine.traced.join([losses, *aux])
         gradient = [

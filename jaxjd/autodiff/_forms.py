@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxjd.autodiff._taps import Site, Taps
 from jaxjd.linalg.costs import Cost, dense_cost, factored_cost, prefers_factors
 
-FORMS = ("dense", "auto", "factored")
+FORMS = ("auto", "dense", "factored", "products")
 
 
 class Choice(NamedTuple):
@@ -54,11 +54,21 @@ def _choose(site: Site, m: int, form: str, per_task: bool) -> Choice:
     return Choice("factored" if keep else "dense", tapped, reason, dense, factored)
 
 
-def check_form(form: str) -> None:
-    """Checks the name of a Jacobian's form.
+def check_form(form: str, *, products: bool = False) -> str:
+    """Checks the name of a form.
+
+    Args:
+      form: The name.
+      products: Whether the function can do without a Jacobian.
 
     Raises:
-      ValueError: If there is no such form.
+      ValueError: If there is no such form, or it is ``"products"`` where a Jacobian is needed.
     """
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}, got {form!r}.")
+    if form == "products" and not products:
+        raise ValueError(
+            f"`form` must be one of {FORMS[:-1]} here, got 'products', which holds no Jacobian: "
+            "it is for the engines that return a Gramian, such as `jaxjd.value_and_gramian`."
+        )
+    return form

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxjd.autodiff._jacobian import arguments, check_argnums, value_and_jacobian
+from jaxjd.autodiff._forms import check_form
+from jaxjd.autodiff._jacobian import arguments, check_argnums, joined
+from jaxjd.autodiff._tapped import differentiate
 from jaxjd.autodiff._tasks import (
     check_chunk_size,
-    check_differentiable,
     count_losses,
     map_in_chunks,
     map_tasks,
+    ones_like,
     spread,
     unit,
     vjp,
@@ -23,8 +25,6 @@ from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_function, check_weights
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import combine, count_tasks, cross_gramian, gramian
-
-FORMS = ("auto", "dense", "factored", "products")
 
 Pullback = Callable[[Any], PyTree]
 """Takes weights, ``(m,)``, and returns the combination of the gradients."""
@@ -51,17 +51,17 @@ def value_and_gramian(
 
     Args:
       fn: A function that returns the losses, as for `jaxjd.value_and_jacobian`.
-      argnums: Which positional arguments to differentiate.
-      has_aux: Whether `fn` returns ``(losses, aux)``.
-      chunk_size: How many tasks are pulled back at once, at least 1; all by default, and one with
-        ``form="products"``.
-      form: ``"auto"`` keeps each leaf of the Jacobian in the form that is cheaper for its shape,
-        ``"factored"`` keeps factors wherever there are any, and ``"dense"`` keeps arrays of shape
-        ``(m, *param.shape)``. ``"products"`` takes one vector-Jacobian and one Jacobian-vector
-        product per task, in the memory of one gradient, and another backward pass in the pullback:
-        for when nothing else fits. A backward pass that cannot be differentiated runs ``m`` times
-        more in the place of each. Its products have the precision of those of `fn`; the others take
-        theirs in full precision.
+      argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
       labels: Groups of parameters, as for `jaxjd.partition`.
 
     Returns:
@@ -92,21 +92,39 @@ def value_and_gramian(
       ((2, 2), (3, 4))
     """
     check_function("fn", fn)
-    if form not in FORMS:
-        raise ValueError(f"`form` must be one of {FORMS}, got {form!r}.")
+    check_form(form, products=True)
     numbers, single = check_argnums(argnums)
     chunk_size = check_chunk_size(chunk_size)
-    if form == "products":
-        return _by_products(fn, numbers, single, has_aux, chunk_size or 1, labels)
-    engine = value_and_jacobian(fn, argnums, has_aux, chunk_size, form=form)
 
     def value_and_gramian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
-        values, jacobian = engine(*args, **kwargs)
-        _, chosen = arguments(fn, numbers, args, kwargs)
-        groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
-        return values, groups.apply(gramian, jacobian), groups.pullback(jacobian)
+        losses_of, chosen = arguments(fn, numbers, args, kwargs)
+        losses, aux, gramians, pullback, _ = gramian_of(
+            losses_of, chosen, single, has_aux, chunk_size, form, labels
+        )
+        return ((losses, aux) if has_aux else losses), gramians, pullback
 
     return value_and_gramian_fn
+
+
+def gramian_of(
+    losses_of: Callable[..., Any],
+    chosen: Sequence[PyTree],
+    single: bool,
+    has_aux: bool,
+    chunk_size: int | None,
+    form: str,
+    labels: Any,
+    summed: Sequence[PyTree] = (),
+) -> tuple[Any, Any, Any, Pullback, Sequence[PyTree]]:
+    """As `differentiate`, with the Gramian and a pullback in the place of the Jacobian."""
+    groups = Groups.of(labels, joined(chosen, single))
+    if form == "products":
+        return _by_products(losses_of, chosen, single, has_aux, chunk_size or 1, groups, summed)
+    losses, aux, jacobians, gradients = differentiate(
+        losses_of, chosen, has_aux, chunk_size, form, summed
+    )
+    jacobian = joined(jacobians, single)
+    return losses, aux, groups.apply(gramian, jacobian), groups.pullback(jacobian), gradients
 
 
 class Groups(NamedTuple):
@@ -186,57 +204,59 @@ class Groups(NamedTuple):
 
 
 def _by_products(
-    fn: Callable[..., Any],
-    numbers: tuple[int, ...],
+    losses_of: Callable[..., Any],
+    chosen: Sequence[PyTree],
     single: bool,
     has_aux: bool,
     chunk_size: int,
-    labels: Any,
-) -> Callable[..., tuple[Any, Any, Pullback]]:
-    def value_and_gramian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
-        losses_of, chosen = arguments(fn, numbers, args, kwargs)
-        groups = Groups.of(labels, chosen[0] if single else tuple(chosen))
-        losses, aux, pull, pullback = pull_weights(losses_of, chosen, single, has_aux, groups)
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
-        numbers_of_tasks = jnp.arange(count_losses(losses))
-        # Not jax.linearize: functions with a rule for the backward pass only have no other.
-        transposed = jax.linear_transpose(pull, losses)
+    groups: Groups,
+    summed: Sequence[PyTree],
+) -> tuple[Any, Any, Any, Pullback, Sequence[PyTree]]:
+    losses, aux, pull_all, pullback = pull_weights(
+        losses_of, chosen, single, has_aux, groups, summed
+    )
 
-        def products(gradient: PyTree) -> jax.Array:
-            parts = jax.tree.leaves(transposed(gradient))
-            return jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
+    def pull(cotangents: PyTree) -> PyTree:
+        return joined(pull_all(cotangents)[: len(chosen)], single)
 
-        def products_one_by_one(gradient: PyTree) -> jax.Array:
-            rows = jax.tree.map(lambda leaf: leaf[None], gradient)
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(losses))
+    numbers_of_tasks = jnp.arange(count_losses(losses))
+    # Not jax.linearize: functions with a rule for the backward pass only have no other.
+    transposed = jax.linear_transpose(pull, losses)
 
-            def with_task(task: jax.Array) -> jax.Array:
-                other = jax.tree.map(lambda leaf: leaf[None], pull(unit(losses, task)))
-                return cross_gramian(other, rows)[0, 0].astype(dtype)
+    def products(gradient: PyTree) -> jax.Array:
+        # The transposed pullback has no conjugate, and its result is real: that is the real part.
+        parts = jax.tree.leaves(transposed(jax.tree.map(jnp.conj, gradient)))
+        return jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
 
-            return map_in_chunks(with_task, numbers_of_tasks, chunk_size)
+    def products_one_by_one(gradient: PyTree) -> jax.Array:
+        rows = jax.tree.map(lambda leaf: leaf[None], gradient)
 
-        # A backward pass that cannot be differentiated, a kernel or a callback, runs m times more.
-        if not _runs(transposed, jax.eval_shape(pull, losses)):
-            products = products_one_by_one
+        def with_task(task: jax.Array) -> jax.Array:
+            other = jax.tree.map(lambda leaf: leaf[None], pull(unit(losses, task)))
+            return cross_gramian(other, rows)[0, 0].astype(dtype)
 
-        def column(cotangent: PyTree) -> Any:
-            gradient = pull(cotangent)
-            if groups.found is None:
-                return products(gradient)
-            treedef = jax.tree.structure(gradient)
-            return {
-                name: products(
-                    jax.tree.unflatten(treedef, groups.cut(gradient, name, jnp.zeros_like))
-                )
-                for name in groups.names
-            }
+        return map_in_chunks(with_task, numbers_of_tasks, chunk_size)
 
-        gramians = map_tasks(column, losses, chunk_size)
-        # The two halves are rounded differently.
-        gramians = jax.tree.map(lambda matrix: (matrix + matrix.T) / 2, gramians)
-        return ((losses, aux) if has_aux else losses), gramians, pullback
+    # A backward pass that cannot be differentiated, a kernel or a callback, runs m times more.
+    if not _runs(transposed, jax.eval_shape(pull, losses)):
+        products = products_one_by_one
 
-    return value_and_gramian_fn
+    def column(cotangent: PyTree) -> Any:
+        gradient = pull(cotangent)
+        if groups.found is None:
+            return products(gradient)
+        treedef = jax.tree.structure(gradient)
+        return {
+            name: products(jax.tree.unflatten(treedef, groups.cut(gradient, name, jnp.zeros_like)))
+            for name in groups.names
+        }
+
+    gramians = map_tasks(column, losses, chunk_size)
+    # The two halves are rounded differently.
+    gramians = jax.tree.map(lambda matrix: (matrix + matrix.T) / 2, gramians)
+    gradients = pull_all(ones_like(losses))[len(chosen) :] if summed else ()
+    return losses, aux, gramians, pullback, gradients
 
 
 def pull_weights(
@@ -245,20 +265,19 @@ def pull_weights(
     single: bool,
     has_aux: bool,
     groups: Groups,
+    summed: Sequence[PyTree] = (),
 ) -> tuple[Any, Any, Callable[[PyTree], Any], Pullback]:
-    """Runs a function of the chosen arguments once, to be pulled back.
+    """Runs a function of the chosen arguments, and of what is summed, once, to be pulled back.
 
     Returns:
       The losses; the auxiliary output; what takes cotangents of the losses to gradients of all
-      arguments; and what takes weights, of every group if there are groups, to one gradient.
+      arguments; and what takes weights, of every group if there are groups, to one gradient of what
+      is chosen.
     """
-    for arg in chosen:
-        check_differentiable(arg)
-    losses, pull, aux = vjp(losses_of, *chosen, has_aux=has_aux)
+    losses, pull, aux = vjp(losses_of, *chosen, *summed, has_aux=has_aux)
 
     def pull_back(weights: jax.Array) -> Any:
-        gradient = pull(spread(weights, losses))
-        return gradient[0] if single else gradient
+        return joined(pull(spread(weights, losses))[: len(chosen)], single)
 
     def pullback(weights: Any) -> PyTree:
         return groups.spread(weights, count_losses(losses), pull_back)

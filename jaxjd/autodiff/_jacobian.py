@@ -1,4 +1,4 @@
-"""The dense engine: losses and the Jacobian in one forward pass."""
+"""Losses and their Jacobian in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.autodiff._forms import check_form
-from jaxjd.autodiff._tapped import tapped_jacobian
-from jaxjd.autodiff._tasks import (
-    check_chunk_size,
-    check_differentiable,
-    map_tasks,
-    vjp,
-)
-from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import check_function, path_name, type_name
+from jaxjd.autodiff._tapped import differentiate
+from jaxjd.autodiff._tasks import check_chunk_size, check_differentiable
+from jaxjd.base import Differentiated, Jacobian, PyTree
+from jaxjd.checks import argument_number, check_function, path_name, type_name
 
 
 def value_and_jacobian(
@@ -36,12 +31,16 @@ def value_and_jacobian(
       fn: A function that returns the losses: a vector, an array of any shape, or a pytree of such
         (a list, tuple or dict of scalars, say). With `has_aux` it returns ``(losses, aux)``.
       argnums: Which positional arguments to differentiate; a sequence gives a tuple of Jacobians.
-      has_aux: Whether `fn` returns auxiliary output next to the losses.
-      chunk_size: How many tasks are pulled back at once, at least 1; all by default. Less memory
-        for more time. With 1 nothing is batched, so that whatever ``jax.grad`` of one loss can do
-        works.
-      form: ``"dense"``: every leaf of the Jacobian is an array. The others trace `fn` first, so
-        that it cannot look at values.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
 
     Returns:
       A function of the arguments of `fn` that returns ``(losses, jacobian)``, or
@@ -72,20 +71,10 @@ def value_and_jacobian(
 
     def value_and_jacobian_fn(*args: Any, **kwargs: Any) -> tuple[Any, Jacobian]:
         losses_of, chosen = arguments(fn, numbers, args, kwargs)
-        for arg in chosen:
-            check_differentiable(arg)
+        losses, aux, jacobians, _ = differentiate(losses_of, chosen, has_aux, chunk_size, form)
+        return ((losses, aux) if has_aux else losses), joined(jacobians, single)
 
-        if form == "dense":
-            losses, pull_back, aux = vjp(losses_of, *chosen, has_aux=has_aux)
-            jacobians = map_tasks(pull_back, losses, chunk_size)
-        else:
-            losses, aux, jacobians = tapped_jacobian(
-                losses_of, tuple(chosen), has_aux, chunk_size, form
-            )
-        jacobian = jacobians[0] if single else jacobians
-        return ((losses, aux) if has_aux else losses), jacobian
-
-    return value_and_jacobian_fn
+    return Differentiated(numbers, single, has_aux).tell(value_and_jacobian_fn)
 
 
 def stack_tasks(jacobian: PyTree, losses: PyTree) -> Jacobian:
@@ -153,8 +142,8 @@ def check_argnums(argnums: int | Sequence[int]) -> tuple[tuple[int, ...], bool]:
 def arguments(
     fn: Callable[..., Any], numbers: Sequence[int], args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """Returns `fn` as a function of the chosen arguments only, and these."""
-    positions = [_position(number, len(args)) for number in numbers]
+    """Returns `fn` as a function of the chosen arguments only, and these, checked."""
+    positions = [argument_number(number, len(args)) for number in numbers]
 
     def losses_of(*chosen: Any) -> Any:
         full = list(args)
@@ -162,16 +151,16 @@ def arguments(
             full[position] = arg
         return fn(*full, **kwargs)
 
-    return losses_of, [args[position] for position in positions]
+    chosen = [args[position] for position in positions]
+    for arg in chosen:
+        check_differentiable(arg)
+    return losses_of, chosen
+
+
+def joined(trees: Sequence[PyTree], single: bool) -> PyTree:
+    """One tree, or a tuple of them if `argnums` is a sequence."""
+    return trees[0] if single else tuple(trees)
 
 
 def _is_shape(x: Any) -> bool:
     return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
-
-
-def _position(number: int, num_args: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"`argnums` must hold ints, got {number!r}.")
-    if not -num_args <= number < num_args:
-        raise ValueError(f"`argnums` has {number}, but there are {num_args} positional arguments.")
-    return number % num_args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,21 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.autodiff._forms import check_form
-from jaxjd.autodiff._tapped import tapped_jacobian
-from jaxjd.autodiff._tasks import (
-    check_chunk_size,
-    check_differentiable,
-    check_pair,
-    count_losses,
-    map_in_chunks,
-    map_tasks,
-    vary_like,
-    vjp,
-    with_losses,
-)
-from jaxjd.base import Gramian, Jacobian, PyTree
+from jaxjd.autodiff._gramian import Pullback, gramian_of
+from jaxjd.autodiff._tapped import differentiate
+from jaxjd.autodiff._tasks import check_chunk_size, check_differentiable, check_pair, with_losses
+from jaxjd.base import Differentiated, Jacobian, PyTree
 from jaxjd.checks import check_function, type_name
-from jaxjd.linalg.algebra import combine, gramian
 
 Heads = Callable[..., Any] | Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 
@@ -37,26 +28,30 @@ def mtl_value_and_jacobian(
 ) -> Callable[..., tuple[Any, tuple[Jacobian, PyTree]]]:
     """Returns a function that differentiates a trunk shared by tasks, and the tasks' heads.
 
-    The trunk's forward pass runs once, each head is differentiated once, and the gradients of the
-    losses with respect to the features are pulled back through the trunk.
+    It is `jaxjd.value_and_jacobian` for parameters of two kinds, and `argnums` has no meaning here:
+    the trunk's have a Jacobian, the heads' only the gradient of the sum of the losses, for which
+    all heads are pulled back once. What each loss owns is looked for in the function as it is
+    written, so that it does not matter whether the heads are one function or many.
 
     Args:
-      trunk_fn: ``trunk_fn(trunk_params, *args) -> features``, any pytree; what is no floating
-        point array among them, a mask or a key, say, is passed on to the heads.
+      trunk_fn: ``trunk_fn(trunk_params, *args, **kwargs) -> features``, any pytree; what is no
+        floating point array among them, a mask or a key, say, is passed on to the heads.
       heads_fn: A list, tuple or dict with one function per task,
-        ``head(head_params, features, *args) -> loss``, a scalar each. Or one function
-        ``heads(heads_params, features, *args) -> losses`` with any pytree of losses; with
-        ``form="dense"`` that one is pulled back once per task, since it cannot be told apart.
-      has_aux: Whether the functions return auxiliary output: ``(features, aux)`` and
-        ``(loss, aux)``.
-      chunk_size: As for `jaxjd.value_and_jacobian`.
-      form: The form of the trunk's leaves, as for `jaxjd.value_and_jacobian`. With ``"auto"`` they
-        are kept factored where that is cheaper, which is several times as fast for several tasks
-        on a trunk of dense layers; and what each loss owns is looked for, so that it does not
-        matter how the heads are written.
+        ``head(head_params, features, *args, **kwargs) -> loss``, a scalar each. Or one function
+        ``heads(heads_params, features, *args, **kwargs) -> losses`` with any pytree of losses.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
 
     Returns:
-      A function ``(trunk_params, heads_params, *args)`` that returns
+      A function ``(trunk_params, heads_params, *args, **kwargs)`` that returns
       ``(losses, (trunk_jacobian, heads_gradients))``; with `has_aux`,
       ``((losses, (trunk_aux, heads_aux)), ...)``. `heads_params` has the outer structure of
       `heads_fn`, and so have the losses. The leaves of `trunk_jacobian` have shape
@@ -95,30 +90,28 @@ def mtl_value_and_jacobian(
       >>> updates["trunk"].shape
       (2, 3)
     """
-    features_fn = _features(trunk_fn, heads_fn, has_aux, chunk_size, form)
-
-    def tapped(trunk_params: PyTree, heads_params: PyTree, *args: Any) -> tuple[Any, Any]:
-        check_differentiable(trunk_params)
-        check_differentiable(heads_params)
-
-        def losses_of(trunk_params: PyTree, heads_params: PyTree) -> tuple[Any, Any]:
-            features, trunk_aux = _run_trunk(trunk_fn, trunk_params, args, has_aux)
-            losses, heads_aux = _run_heads(heads_fn, heads_params, features, args, has_aux)
-            return losses, (trunk_aux, heads_aux)
-
-        losses, aux, (jacobian, rows) = tapped_jacobian(
-            losses_of, (trunk_params, heads_params), True, chunk_size, form, cut=True
-        )
-        return ((losses, aux) if has_aux else losses), (jacobian, _sum_of(rows, losses))
+    check_function("trunk_fn", trunk_fn)
+    check_form(form)
+    chunk_size = check_chunk_size(chunk_size)
 
     def mtl_fn(
-        trunk_params: PyTree, heads_params: PyTree, *args: Any
+        trunk_params: PyTree, heads_params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, tuple[Jacobian, PyTree]]:
-        values, trunk_back, cotangents, gradients = features_fn(trunk_params, heads_params, *args)
-        (jacobian,) = map_in_chunks(trunk_back, cotangents, chunk_size)
-        return values, (jacobian, gradients)
+        check_differentiable(trunk_params)
+        check_differentiable(heads_params)
+        run_trunk, run_heads = _parts(trunk_fn, heads_fn, has_aux, args, kwargs)
 
-    return mtl_fn if form == "dense" else tapped
+        def losses_of(trunk_params: PyTree, heads_params: PyTree) -> tuple[Any, Any]:
+            features, trunk_aux = run_trunk(trunk_params)
+            losses, heads_aux = run_heads(features, heads_params)
+            return losses, (trunk_aux, heads_aux)
+
+        losses, aux, (jacobian,), (gradients,) = differentiate(
+            losses_of, [trunk_params], True, chunk_size, form, summed=[heads_params]
+        )
+        return ((losses, aux) if has_aux else losses), (jacobian, gradients)
+
+    return Differentiated((0, 1), False, has_aux).tell(mtl_fn)
 
 
 def mtl_value_and_gramian(
@@ -126,8 +119,9 @@ def mtl_value_and_gramian(
     heads_fn: Heads,
     has_aux: bool = False,
     chunk_size: int | None = None,
-    form: str = "dense",
-) -> Callable[..., tuple[Any, Gramian, Callable[[jax.Array], tuple[PyTree, PyTree]]]]:
+    form: str = "auto",
+    labels: Any = None,
+) -> Callable[..., tuple[Any, Any, Pullback]]:
     r"""Returns a function that computes the Gramian of the tasks at the features, and a pullback.
 
     .. math:: G_{ij} = \langle \nabla_z \ell_i, \nabla_z \ell_j \rangle
@@ -148,21 +142,29 @@ def mtl_value_and_gramian(
     Args:
       trunk_fn: As for `jaxjd.mtl_value_and_jacobian`.
       heads_fn: As for `jaxjd.mtl_value_and_jacobian`.
-      has_aux: As for `jaxjd.mtl_value_and_jacobian`.
-      chunk_size: How many tasks a single function `heads_fn` is pulled back for at once.
-      form: With ``"auto"`` what each loss owns is looked for in a single function `heads_fn`, too,
-        and pulled back once; with ``"dense"`` that is pulled back once per task.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
+      labels: Groups of features, as `jaxjd.partition` has groups of parameters: of those of two
+        trunks, say, that have weights of their own.
 
     Returns:
-      A function ``(trunk_params, heads_params, *args)`` that returns
+      A function ``(trunk_params, heads_params, *args, **kwargs)`` that returns
       ``(losses, gramian, pullback)``; with `has_aux`, ``((losses, (trunk_aux, heads_aux)), ...)``.
-      The Gramian has shape ``(m, m)``, tasks in tree order. ``pullback(weights)`` takes weights of
-      shape ``(m,)`` and returns ``(trunk_gradient, heads_gradients)``: the trunk's is weighted, and
+      The Gramian has shape ``(m, m)``, tasks in tree order; with `labels` it is a dict with one for
+      each group. ``pullback(weights)`` takes weights of shape ``(m,)``, with `labels` also a dict
+      of such, and returns ``(trunk_gradient, heads_gradients)``: the trunk's is weighted, and
       the heads', as in `jaxjd.mtl_value_and_jacobian`, are the gradient of the sum of the losses.
 
     Raises:
-      ValueError: As for `jaxjd.mtl_value_and_jacobian`; by the pullback, if there is not one weight
-        per task.
+      ValueError: As for `jaxjd.mtl_value_and_jacobian` and `jaxjd.value_and_gramian`.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -177,29 +179,80 @@ def mtl_value_and_gramian(
       >>> trunk_gradient.shape, heads_gradients[0].shape
       ((2, 3), (3,))
     """
-    features_fn = _features(trunk_fn, heads_fn, has_aux, chunk_size, form)
+    check_function("trunk_fn", trunk_fn)
+    check_form(form, products=True)
+    chunk_size = check_chunk_size(chunk_size)
 
-    def mtl_fn(trunk_params: PyTree, heads_params: PyTree, *args: Any) -> tuple[Any, Any, Any]:
-        values, trunk_back, cotangents, gradients = features_fn(trunk_params, heads_params, *args)
+    def mtl_fn(
+        trunk_params: PyTree, heads_params: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Pullback]:
+        check_differentiable(trunk_params)
+        check_differentiable(heads_params)
+        run_trunk, run_heads = _parts(trunk_fn, heads_fn, has_aux, args, kwargs)
 
-        def pullback(weights: jax.Array) -> tuple[PyTree, PyTree]:
-            return trunk_back(combine(weights, cotangents))[0], gradients
+        def trunk(params: PyTree) -> tuple[PyTree, Any]:
+            features, aux = run_trunk(params)
+            leaves, treedef = jax.tree.flatten(features)
+            rest = [None if _is_differentiable(leaf) else leaf for leaf in leaves]
+            hidden = [leaf if _is_differentiable(leaf) else None for leaf in leaves]
+            return treedef.unflatten(hidden), (rest, treedef, aux)
 
-        return values, gramian(cotangents), pullback
+        features, trunk_back, (rest, treedef, trunk_aux) = jax.vjp(
+            trunk, trunk_params, has_aux=True
+        )
+
+        def losses_of(features: PyTree, heads_params: PyTree) -> tuple[Any, Any]:
+            leaves = iter(jax.tree.leaves(features))
+            full = [next(leaves) if leaf is None else leaf for leaf in rest]
+            return run_heads(treedef.unflatten(full), heads_params)
+
+        losses, heads_aux, gramians, features_pullback, (gradients,) = gramian_of(
+            *(losses_of, [features], True, True, chunk_size, form, labels), summed=[heads_params]
+        )
+
+        def pullback(weights: Any) -> tuple[PyTree, PyTree]:
+            return trunk_back(features_pullback(weights))[0], gradients
+
+        aux = (trunk_aux, heads_aux)
+        return ((losses, aux) if has_aux else losses), gramians, pullback
 
     return mtl_fn
 
 
-def _run_trunk(trunk_fn: Callable[..., Any], params: PyTree, args: tuple, has_aux: bool) -> Any:
-    """The features and the auxiliary output."""
-    found = trunk_fn(params, *args)
-    features, aux = check_pair(found) if has_aux else (found, None)
-    if not any(map(_is_differentiable, jax.tree.leaves(features))):
-        raise ValueError(
-            "`trunk_fn` must return features, among them a floating point array, found "
-            f"{type_name(features)}."
-        )
-    return features, aux
+def _parts(
+    trunk_fn: Callable[..., Any],
+    heads_fn: Any,
+    has_aux: bool,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]]:
+    """Trunk and heads as functions of parameters and features; both return auxiliary output."""
+
+    def run_trunk(params: PyTree) -> tuple[Any, Any]:
+        found = trunk_fn(params, *args, **kwargs)
+        features, aux = check_pair(found) if has_aux else (found, None)
+        if not any(map(_is_differentiable, jax.tree.leaves(features))):
+            raise ValueError(
+                "`trunk_fn` must return features, among them a floating point array, found "
+                f"{type_name(features)}."
+            )
+        return features, aux
+
+    def run(head: Callable[..., Any], params: PyTree, features: Any) -> tuple[Any, Any]:
+        found = with_losses(functools.partial(head, **kwargs), has_aux)(params, features, *args)
+        return found if has_aux else (found, None)
+
+    def run_heads(features: Any, params: PyTree) -> tuple[Any, Any]:
+        if callable(heads_fn):
+            return run(heads_fn, params, features)
+        heads, each, treedef = _each_head(heads_fn, params)
+        pairs = [run(*pair, features) for pair in zip(heads, each, strict=True)]
+        for number, (loss, _) in enumerate(pairs):
+            _check_scalar(number, loss)
+        losses, auxs = zip(*pairs, strict=True)
+        return treedef.unflatten(losses), treedef.unflatten(auxs)
+
+    return run_trunk, run_heads
 
 
 def _each_head(heads_fn: Any, heads_params: PyTree) -> tuple[list[Any], list[Any], Any]:
@@ -224,130 +277,6 @@ def _check_scalar(number: int, loss: Any) -> None:
         raise ValueError(
             f"Head {number} must return a floating point scalar loss, found {type_name(loss)}."
         )
-
-
-def _run_heads(
-    heads_fn: Heads, heads_params: PyTree, features: Any, args: tuple, has_aux: bool
-) -> tuple[Any, Any]:
-    """The losses and the auxiliary output."""
-    if callable(heads_fn):
-        found = with_losses(heads_fn, has_aux)(heads_params, features, *args)
-        return found if has_aux else (found, None)
-    heads, params, treedef = _each_head(heads_fn, heads_params)
-    losses, auxs = [], []
-    for number, (head, head_params) in enumerate(zip(heads, params, strict=True)):
-        found = with_losses(head, has_aux)(head_params, features, *args)
-        loss, aux = found if has_aux else (found, None)
-        _check_scalar(number, loss)
-        losses.append(loss)
-        auxs.append(aux)
-    return treedef.unflatten(losses), treedef.unflatten(auxs)
-
-
-def _sum_of(rows: Jacobian, losses: PyTree) -> PyTree:
-    """The gradient of the sum of the losses."""
-    if not jax.tree.leaves(rows):
-        return rows
-    return combine(jnp.ones(count_losses(losses)), rows)
-
-
-def _features(
-    trunk_fn: Callable[..., Any],
-    heads_fn: Heads,
-    has_aux: bool,
-    chunk_size: int | None,
-    form: str,
-) -> Callable[..., tuple[Any, Callable, Any, PyTree]]:
-    """What both engines start with: the heads differentiated, the trunk not yet."""
-    check_function("trunk_fn", trunk_fn)
-    check_form(form)
-    chunk_size = check_chunk_size(chunk_size)
-
-    def features_fn(
-        trunk_params: PyTree, heads_params: PyTree, *args: Any
-    ) -> tuple[Any, Callable, Any, PyTree]:
-        check_differentiable(trunk_params)
-        check_differentiable(heads_params)
-
-        def trunk(params: PyTree) -> tuple[list[Any], Any]:
-            features, aux = _run_trunk(trunk_fn, params, args, has_aux)
-            leaves, treedef = jax.tree.flatten(features)
-            differentiated = [leaf for leaf in leaves if _is_differentiable(leaf)]
-            rest = [None if _is_differentiable(leaf) else (leaf,) for leaf in leaves]
-            return differentiated, (rest, treedef, aux)
-
-        leaves, trunk_back, (rest, treedef, trunk_aux) = jax.vjp(trunk, trunk_params, has_aux=True)
-
-        def join(differentiated: list[Any]) -> Any:
-            left = iter(differentiated)
-            return jax.tree.unflatten(treedef, [next(left) if r is None else r[0] for r in rest])
-
-        if form != "dense":
-
-            def losses_of(heads_params: PyTree, leaves: list[Any]) -> tuple[Any, Any]:
-                return _run_heads(heads_fn, heads_params, join(leaves), args, has_aux)
-
-            losses, heads_aux, (rows, cotangents) = tapped_jacobian(
-                losses_of, (heads_params, leaves), True, chunk_size, form, cut=True
-            )
-            values = (losses, (trunk_aux, heads_aux)) if has_aux else losses
-            return values, trunk_back, cotangents, _sum_of(rows, losses)
-
-        differentiate = _whole if callable(heads_fn) else _each
-        losses, heads_aux, cotangents, gradients = differentiate(
-            heads_fn, heads_params, leaves, join, args, has_aux, chunk_size
-        )
-        values = (losses, (trunk_aux, heads_aux)) if has_aux else losses
-        return values, trunk_back, cotangents, gradients
-
-    return features_fn
-
-
-def _each(
-    heads_fn: Any,
-    heads_params: PyTree,
-    features: list[Any],
-    join: Callable[[list[Any]], Any],
-    args: tuple,
-    has_aux: bool,
-    _: int | None,
-) -> tuple[Any, Any, Any, PyTree]:
-    heads, params, treedef = _each_head(heads_fn, heads_params)
-    losses, auxs, cotangents, gradients = [], [], [], []
-    for number, (head, head_params) in enumerate(zip(heads, params, strict=True)):
-
-        def loss_of(head_params: PyTree, features: list[Any], head: Callable = head) -> Any:
-            return head(head_params, join(features), *args)
-
-        loss, back, aux = vjp(loss_of, head_params, features, has_aux=has_aux)
-        _check_scalar(number, loss)
-        gradient, cotangent = back(vary_like(jnp.ones_like(loss), loss))
-        losses.append(loss)
-        auxs.append(aux)
-        cotangents.append(cotangent)
-        gradients.append(gradient)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cotangents)
-    unflatten = treedef.unflatten
-    return unflatten(losses), unflatten(auxs), stacked, unflatten(gradients)
-
-
-def _whole(
-    heads_fn: Any,
-    heads_params: PyTree,
-    features: list[Any],
-    join: Callable[[list[Any]], Any],
-    args: tuple,
-    has_aux: bool,
-    chunk_size: int | None,
-) -> tuple[Any, Any, Any, PyTree]:
-    def losses_of(params: PyTree, features: list[Any]) -> Any:
-        return heads_fn(params, join(features), *args)
-
-    losses, back, aux = vjp(losses_of, heads_params, features, has_aux=has_aux)
-    cotangents = map_tasks(lambda cotangent: back(cotangent)[1], losses, chunk_size)
-    ones = jax.tree.map(lambda loss: vary_like(jnp.ones_like(loss), loss), losses)
-    gradients = back(ones)[0]
-    return losses, aux, cotangents, gradients
 
 
 def _is_differentiable(leaf: Any) -> bool:

@@ -4,11 +4,13 @@
 a part that is pulled back once for each of them; those that one loss alone reaches, or whose
 entries along an axis the losses have to themselves, are one part together, pulled back once with
 ones in the place of all cotangents. Parts run in the order of fewer and fewer losses, and are
-pulled back the other way round.
+pulled back the other way round. Of what is *summed* only the gradient of the sum of all losses is
+wanted: it has one cotangent, the sum of theirs, and is pulled back once in every part.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -60,6 +62,15 @@ class Rows(NamedTuple):
 
     tasks: Tasks
     rows: Any
+
+
+class Gradient(NamedTuple):
+    """The gradient of the sum of the losses: of a parameter, or of a variable between two parts."""
+
+    array: jax.Array
+
+
+_Reached = Rows | BlocksLeaf | Gradient
 
 
 class Probe(NamedTuple):
@@ -118,6 +129,7 @@ class Cut(NamedTuple):
       before: The equations that come before all parts: views, and what depends on no parameter.
       owners: The owners of variables.
       made: The equation that makes each variable.
+      summed: The variables that depend on no parameters but those whose gradients are summed.
     """
 
     program: Program
@@ -125,9 +137,16 @@ class Cut(NamedTuple):
     before: list[Any]
     owners: dict[Any, Owners]
     made: dict[Any, Any]
+    summed: set[Any]
 
 
-def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequence[int]) -> Cut:
+def cut(
+    program: Program,
+    num_params: int,
+    losses: Sequence[Any],
+    sizes: Sequence[int],
+    num_summed: int = 0,
+) -> Cut:
     """Cuts a program into what losses share and what they own.
 
     Args:
@@ -135,8 +154,10 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
       num_params: How many of its first arguments are differentiated.
       losses: Its outputs that are losses.
       sizes: How many losses each of them holds.
+      num_summed: Of how many of the parameters, the last, the gradient of the sum is wanted only.
     """
     wanted = differentiable(program, num_params)
+    summed = wanted - differentiable(program, num_params - num_summed) if num_summed else set()
     roots: dict[Any, Owners] = {}
     for atom, tasks in _numbered(losses, sizes):
         if not isinstance(atom, jex.Literal) and atom in wanted:
@@ -175,9 +196,9 @@ def cut(program: Program, num_params: int, losses: Sequence[Any], sizes: Sequenc
             before.append(equation)
         else:
             numbers[rank].append(number)
-    builder = _Builder(program, wanted, params, views, owners, equations, made)
+    builder = _Builder(program, wanted, params, views, owners, equations, made, summed)
     parts = [builder.build(own, tasks) for own, tasks in zip(numbers, order, strict=True) if own]
-    return Cut(program, parts, before, owners, made)
+    return Cut(program, parts, before, owners, made, summed)
 
 
 def _only(task: int | None) -> Tasks:
@@ -203,6 +224,7 @@ class _Builder(NamedTuple):
     owners: dict[Any, Owners]
     equations: dict[int, Owners]
     made: dict[Any, Any]
+    summed: set[Any]
 
     def root(self, var: Any) -> tuple[Any, tuple[Any, ...]]:
         """What a variable is a view of, and the views from there."""
@@ -247,7 +269,7 @@ class _Builder(NamedTuple):
                     operands.append(var)
                     continue
                 root, chain = self.root(var)
-                if tasks or self.owners[root].axis is not None:
+                if tasks or root in self.summed or self.owners[root].axis is not None:
                     operands.append(copy(var, None))
                 elif owners.axis is None:
                     operands.append(copy(var, owners.tasks[0]))
@@ -278,7 +300,8 @@ class _Builder(NamedTuple):
 
         def order(source: tuple[Any, int | None]) -> int:
             var, key = source
-            return 0 if var in self.params and (tasks or key is not None) else 1
+            has_rows = var not in self.summed and (tasks or key is not None)
+            return 0 if var in self.params and has_rows else 1
 
         sources = sorted((pair for pair in copies if pair[0] not in self.views), key=order)
         arguments = [copies[pair] for pair in sources]
@@ -473,15 +496,15 @@ def _use_of(probe: Probe, part: Part, form: str) -> Use:
 
 
 def cut_losses(
-    program: Program, num_params: int, num_losses: int, always: bool = False
+    program: Program, num_params: int, num_losses: int, num_summed: int = 0
 ) -> Cut | None:
     """Cuts a program by its first outputs, the losses; None where that saves nothing."""
     if not can_cut(program, num_losses):
         return None
     atoms = program.outvars[:num_losses]
     sizes = [atom.aval.size for atom in atoms]
-    found = cut(program, num_params, atoms, sizes)
-    return found if always or pays(found, num_params, sum(sizes)) else None
+    found = cut(program, num_params, atoms, sizes, num_summed)
+    return found if num_summed or pays(found, num_params, sum(sizes)) else None
 
 
 def jacobian(
@@ -496,7 +519,8 @@ def jacobian(
     """Runs a program on parameters and other arguments.
 
     Returns:
-      Its outputs, and the leaves of the Jacobian of its first `num_losses` outputs.
+      Its outputs, and the leaves of the Jacobian of its first `num_losses` outputs; of what is
+      summed the gradients.
     """
     program = found.program
     atoms = program.outvars[:num_losses]
@@ -516,7 +540,7 @@ def jacobian(
     ]
 
     # What reaches a variable from the parts that have been pulled back so far.
-    rows: dict[Any, list[Rows | BlocksLeaf]] = {var: [] for var in crossing}
+    rows: dict[Any, list[Any]] = {var: [] for var in crossing}
     for atom, tasks in _numbered(atoms, sizes):
         if not isinstance(atom, jex.Literal) and _is_shared(found, atom):
             basis = jnp.eye(len(tasks), dtype=atom.aval.dtype)
@@ -524,10 +548,12 @@ def jacobian(
             rows[atom].append(Rows(tasks, basis))
     m = sum(sizes)
     for run in reversed(runs):
-        for var, part in _pulled(run, rows, found.owners, values, m, chunk_size):
+        for var, part in _pulled(run, rows, found, values, m, chunk_size):
             rows[var].append(part)
     leaves = [
-        _leaf(rows.get(var, []), param, m, form)
+        _sum(rows.get(var, []), param)
+        if var in found.summed
+        else _leaf(rows.get(var, []), param, m, form)
         for var, param in zip(program.invars, params, strict=False)
     ]
     return [_value(atom, values, found.made) for atom in program.outvars], leaves
@@ -539,43 +565,77 @@ def _is_shared(found: Cut, atom: Any) -> bool:
 
 def _pulled(
     run: _Run,
-    rows: Mapping[Any, Sequence[Rows | BlocksLeaf]],
-    owners: Mapping[Any, Owners],
+    rows: Mapping[Any, Sequence[Any]],
+    found: Cut,
     values: Mapping[Any, Any],
     m: int,
     chunk_size: int | None,
-) -> list[tuple[Any, Rows | BlocksLeaf]]:
+) -> list[tuple[Any, _Reached]]:
     """Pulls a part back: what reaches its sources, each with the variable that it is."""
     part, tasks = run.part, run.part.tasks
+    reached: list[tuple[Any, _Reached]] = []
     if tasks:
-        cotangents = [
-            _gather(rows.get(var, []), tasks, value) for var, value in run.results.items()
-        ]
-        dense, tapped = map_in_chunks(run.pull_back, cotangents, chunk_size)
+        dense, tapped, gradients = _pulled_per_task(run, rows, found.summed, chunk_size)
     else:
         ones = [vary_like(jnp.ones_like(value), value) for value in run.results.values()]
         dense, tapped = run.pull_back(ones)
-    found: list[tuple[Any, Rows | BlocksLeaf]] = []
+        gradients = dense
     for number, (var, key) in enumerate(part.sources):
+        if var in found.summed:
+            reached.append((var, Gradient(gradients[number])))
+            continue
         if number in dense:
             if tasks:
-                found.append((var, Rows(tasks, dense[number])))
+                reached.append((var, Rows(tasks, dense[number])))
             elif key is None:
-                blocks = BlocksLeaf(owners[var].axis or 0, owners[var].tasks, dense[number], m)
-                found.append((var, blocks))
+                owners = found.owners[var]
+                reached.append((var, BlocksLeaf(owners.axis or 0, owners.tasks, dense[number], m)))
             else:
-                found.append((var, Rows(_only(key), dense[number][None])))
+                reached.append((var, Rows(_only(key), dense[number][None])))
             continue
         site = run.taps.sites[number]
         cotangents = tapped[number] if tasks else tapped[number][None]
         leaf = site.leaf(run.inputs[number], cotangents)
         keep = run.choices[number].form == "factored" or not tasks
-        found.append((var, Rows(tasks or _only(key), leaf if keep else leaf.materialize())))
+        reached.append((var, Rows(tasks or _only(key), leaf if keep else leaf.materialize())))
     for probe in part.probes:
         operands, cotangent = run.inputs[~probe.number], tapped[~probe.number]
         equation = part.program.eqns[probe.number]
-        found.append((probe.source, _probed(probe, equation, operands, cotangent, values)))
-    return found
+        reached.append((probe.source, _probed(probe, equation, operands, cotangent, values)))
+    return reached
+
+
+def _pulled_per_task(
+    run: _Run, rows: Mapping[Any, Sequence[Any]], summed: set[Any], chunk_size: int | None
+) -> tuple[dict, dict, dict]:
+    """Pulls what losses share back: once for each of them, and once for what is summed.
+
+    Returns:
+      The rows of the sources and the cotangents at the taps, one per task, and the gradients of the
+      sources that are summed.
+    """
+    tasks, sources, results = run.part.tasks, run.part.sources, run.results
+    own = [var for var in results if var not in summed]
+    rows_of = [_gather(rows.get(var, []), tasks, results[var]) for var in own]
+
+    def pull_back(cotangents: Sequence[jax.Array], to: Sequence[Any]) -> tuple[dict, dict]:
+        given = dict(zip(to, cotangents, strict=True))
+        zeros = (vary_like(jnp.zeros_like(value), value) for value in results.values())
+        full = [given.get(var, zero) for var, zero in zip(results, zeros, strict=True)]
+        return run.pull_back(full)
+
+    def pull(cotangents: Sequence[jax.Array]) -> tuple[dict, dict]:
+        dense, tapped = pull_back(cotangents, own)
+        return {n: row for n, row in dense.items() if sources[n][0] not in summed}, tapped
+
+    dense, tapped, gradients = {}, {}, {}
+    if own:
+        dense, tapped = map_in_chunks(pull, rows_of, chunk_size)
+    if any(var in summed for var, _ in sources):
+        parts = {var: [Rows(tasks, array)] for var, array in zip(own, rows_of, strict=True)}
+        total = [_sum(parts.get(var, rows.get(var, [])), value) for var, value in results.items()]
+        gradients = pull_back(total, list(results))[0]
+    return dense, tapped, gradients
 
 
 def _probed(
@@ -689,6 +749,18 @@ def _site(probe: Probe, equation: Any, root: Any) -> Site | None:
     return find(program, 1).sites.get(0)
 
 
+def _sum(parts: Sequence[_Reached], like: jax.Array) -> jax.Array:
+    """The sum of what reaches a variable over all losses."""
+    dtype = jnp.promote_types(like.dtype, jnp.float32)
+    arrays = [
+        part.array if isinstance(part, Gradient) else jnp.sum(part.rows, axis=0, dtype=dtype)
+        for part in parts
+    ]
+    if not arrays:
+        return vary_like(jnp.zeros_like(like), like)
+    return functools.reduce(jnp.add, arrays).astype(like.dtype)
+
+
 def _gather(parts: Sequence[Rows | BlocksLeaf], tasks: Tasks, like: jax.Array) -> jax.Array:
     """The sum of what reaches a variable, one entry per task."""
     total = None
@@ -732,10 +804,9 @@ def _joined(parts: Sequence[Rows | BlocksLeaf], param: jax.Array, form: str) -> 
         return Rows((), jnp.zeros((0, *param.shape), param.dtype))
     tasks = tuple(sorted({task for part in parts for task in part.tasks if task >= 0}))
     leaf = parts[0].rows if len(parts) == 1 else _stacked(parts)
-    if isinstance(leaf, FactoredLeaf) and (form == "factored" or prefers_factors(leaf.sizes)):
-        return Rows(tasks, leaf)
     if isinstance(leaf, FactoredLeaf):
-        return Rows(tasks, leaf.materialize())
+        keep = form == "factored" or (form == "auto" and prefers_factors(leaf.sizes))
+        return Rows(tasks, leaf if keep else leaf.materialize())
     return Rows(tasks, _gather(parts, tasks, param))
 
 

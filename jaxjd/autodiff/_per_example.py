@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._gramian import Groups, Pullback
+from jaxjd.autodiff._jacobian import check_argnums, joined
 from jaxjd.autodiff._tapped import Split, split, trace
 from jaxjd.autodiff._tasks import (
     batch_size,
@@ -23,12 +24,13 @@ from jaxjd.autodiff._tasks import (
     with_losses,
 )
 from jaxjd.base import Jacobian, PyTree
-from jaxjd.checks import check_function, type_name
+from jaxjd.checks import argument_number, check_function, type_name
 from jaxjd.linalg.algebra import cross_gramian, gramian, wide_combination
 
 
 def per_example_value_and_jacobian(
     fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     chunk_size: int | None = None,
     form: str = "dense",
@@ -42,16 +44,26 @@ def per_example_value_and_jacobian(
     Args:
       fn: ``fn(params, *example) -> loss``, a scalar, for one example without a batch axis. (A layer
         that normalizes over the batch has no such function.)
-      has_aux: Whether `fn` returns ``(loss, aux)``.
-      chunk_size: How many examples are differentiated at once, at least 1; all by default. With 1
-        nothing is batched.
-      form: As for `jaxjd.value_and_jacobian`: ``"dense"`` leaves have shape ``(B, *param.shape)``.
+      argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
+        Everything else, keyword arguments included, is the batch: bind what is the same for all
+        examples with ``functools.partial``.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
 
     Returns:
-      A function ``(params, *batch)``, where every leaf of `batch` has a leading axis of size `B`.
-      It returns ``(losses, jacobian)`` with losses of shape ``(B,)`` and one row per example, or
-      ``((losses, aux), jacobian)``, where the arrays of `aux` have a leading axis of size `B`; what
-      is no array, a string, say, is the same for all examples and is returned as it is.
+      A function of the arguments of `fn`, ``(params, *batch)`` as a rule, where every leaf of what
+      is not differentiated has a leading axis of size `B`. It returns ``(losses, jacobian)`` with
+      losses of shape ``(B,)`` and one row per example, ``m = B``, or ``((losses, aux), jacobian)``,
+      where the arrays of `aux` have a leading axis of size `B`; what is no array, a string, say, is
+      the same for all examples and is returned as it is.
 
     Raises:
       ValueError: If an option is out of range; when called, if a parameter is not floating point,
@@ -70,10 +82,12 @@ def per_example_value_and_jacobian(
     """
     check_function("fn", fn)
     check_form(form)
+    numbers, single = check_argnums(argnums)
     chunk_size = check_chunk_size(chunk_size)
 
-    def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, Jacobian]:
-        engine = _Engine(fn, params, batch, has_aux, form)
+    def per_example_fn(*args: Any, **kwargs: Any) -> tuple[Any, Jacobian]:
+        loss_of, params, batch = _by_example(fn, numbers, single, args, kwargs)
+        engine = _Engine(loss_of, params, batch, has_aux, form)
         losses, aux, jacobian = engine.run(batch, chunk_size)
         losses, aux = engine.traced.join([losses, *aux])
         return ((losses, aux) if has_aux else losses), jacobian
@@ -83,6 +97,7 @@ def per_example_value_and_jacobian(
 
 def per_example_value_and_gramian(
     fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     chunk_size: int | None = None,
     form: str = "auto",
@@ -91,22 +106,30 @@ def per_example_value_and_gramian(
     """Returns a function that computes one loss per example, their Gramian, and a pullback.
 
     It is `jaxjd.value_and_gramian` for losses of which each touches the activations of its own
-    example only, at about the cost of a gradient step: one backward pass for all examples.
+    example only, at about the cost of a gradient step: one backward pass for all examples. With `k`
+    chunks there are ``k (k + 1) / 2`` backward passes over a chunk, since every pair of examples
+    has an inner product, and another gradient step in the pullback.
 
     Args:
       fn: As for `jaxjd.per_example_value_and_jacobian`.
-      has_aux: Whether `fn` returns ``(loss, aux)``.
-      chunk_size: How many examples are in memory at once, at least 1; all by default. With `k`
-        chunks there are ``k (k + 1) / 2`` backward passes over a chunk, since every pair of
-        examples has an inner product, and another gradient step in the pullback.
-      form: How each layer's part of the Jacobian is kept for the pullback, as for
-        `jaxjd.value_and_jacobian`.
+      argnums: As for `jaxjd.per_example_value_and_jacobian`.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
       labels: Groups of parameters, as for `jaxjd.value_and_gramian`.
 
     Returns:
-      A function ``(params, *batch)`` that returns ``(losses, gramian, pullback)``, or
-      ``((losses, aux), gramian, pullback)``: losses of shape ``(B,)``, a Gramian of shape
-      ``(B, B)``, or a dict of them, and ``pullback(weights)``, a pytree like `params`.
+      A function of the arguments of `fn`, as for `jaxjd.per_example_value_and_jacobian`, that
+      returns ``(losses, gramian, pullback)``, or ``((losses, aux), gramian, pullback)``: losses of
+      shape ``(B,)``, a Gramian of shape ``(B, B)``, ``m = B``, or a dict of them, and
+      ``pullback(weights)``, a pytree like what is differentiated.
 
     Raises:
       ValueError: As for `jaxjd.per_example_value_and_jacobian` and `jaxjd.value_and_gramian`.
@@ -124,14 +147,18 @@ def per_example_value_and_gramian(
       [2. 8.]
     """
     check_function("fn", fn)
-    check_form(form)
+    check_form(form, products=True)
+    numbers, single = check_argnums(argnums)
     chunk_size = check_chunk_size(chunk_size)
+    if form == "products":  # The products of one pair of examples at a time.
+        form, chunk_size = "auto", chunk_size or 1
 
-    def per_example_fn(params: PyTree, *batch: Any) -> tuple[Any, Any, Pullback]:
-        engine = _Engine(fn, params, batch, has_aux, form)
+    def per_example_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
+        loss_of, params, batch = _by_example(fn, numbers, single, args, kwargs)
+        engine = _Engine(loss_of, params, batch, has_aux, form)
         groups = Groups.of(labels, params)
         if chunk_size is None or chunk_size >= engine.size:
-            losses, aux, jacobian = engine.run(batch, None)
+            losses, aux, jacobian = engine.run(batch, chunk_size)
             gramians, pullback = groups.apply(gramian, jacobian), groups.pullback(jacobian)
         else:
             losses, aux, gramians, pullback = engine.run_in_chunks(batch, chunk_size, groups)
@@ -139,6 +166,27 @@ def per_example_value_and_gramian(
         return ((losses, aux) if has_aux else losses), gramians, pullback
 
     return per_example_fn
+
+
+def _by_example(
+    fn: Callable[..., Any],
+    numbers: Sequence[int],
+    single: bool,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> tuple[Callable[..., Any], PyTree, tuple]:
+    """Returns `fn` as a function of the chosen arguments and an example, these, and the batch."""
+    positions = [argument_number(number, len(args)) for number in numbers]
+    others = [position for position in range(len(args)) if position not in positions]
+
+    def loss_of(chosen: PyTree, *example: Any) -> Any:
+        *rest, keywords = example
+        full = dict(zip(others, rest, strict=True))
+        full |= zip(positions, (chosen,) if single else chosen, strict=True)
+        return fn(*(full[position] for position in range(len(args))), **keywords)
+
+    chosen = joined([args[position] for position in positions], single)
+    return loss_of, chosen, (*(args[position] for position in others), dict(kwargs))
 
 
 class _Engine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxjd.autodiff._gramian import Pullback
@@ -11,12 +11,13 @@ from jaxjd.autodiff._per_example import (
     per_example_value_and_gramian,
     per_example_value_and_jacobian,
 )
-from jaxjd.base import Jacobian, PyTree
+from jaxjd.base import Jacobian
 from jaxjd.checks import check_function, type_name
 
 
 def per_task_value_and_jacobian(
     fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     chunk_size: int | None = None,
     form: str = "dense",
@@ -37,10 +38,18 @@ def per_task_value_and_jacobian(
 
     Args:
       fn: ``fn(params, *data) -> loss``, a scalar, for the data of one task, without the task axis.
-      has_aux: Whether `fn` returns ``(loss, aux)``.
-      chunk_size: How many tasks are differentiated at once, at least 1; all by default. With 1
-        nothing is batched.
-      form: As for `jaxjd.value_and_jacobian`: ``"dense"`` leaves have shape ``(m, *param.shape)``.
+      argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
+        Everything else, keyword arguments included, is the tasks' data.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
 
     Returns:
       A function ``(params, *data)``, where every leaf of `data` has a leading axis of size `m`, of
@@ -66,11 +75,13 @@ def per_task_value_and_jacobian(
       [[1. 0.]
        [4. 0.]]
     """
-    return per_example_value_and_jacobian(_of_one_task(fn, has_aux), has_aux, chunk_size, form)
+    loss_fn = _of_one_task(fn, has_aux)
+    return per_example_value_and_jacobian(loss_fn, argnums, has_aux, chunk_size, form)
 
 
 def per_task_value_and_gramian(
     fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     chunk_size: int | None = None,
     form: str = "auto",
@@ -83,17 +94,23 @@ def per_task_value_and_gramian(
 
     It is `jaxjd.value_and_gramian` for tasks that are stacked on an axis, as for
     `jaxjd.per_task_value_and_jacobian`, at about the cost of a gradient step: one backward pass for
-    all tasks. It is `jaxjd.per_example_value_and_gramian` with a task's data in the place of an
-    example.
+    all tasks. With `k` chunks there are ``k (k + 1) / 2`` backward passes over a chunk, since every
+    pair of tasks has an inner product. It is `jaxjd.per_example_value_and_gramian` with a task's
+    data in the place of an example.
 
     Args:
       fn: As for `jaxjd.per_task_value_and_jacobian`.
-      has_aux: Whether `fn` returns ``(loss, aux)``.
-      chunk_size: How many tasks are in memory at once, at least 1; all by default. With `k` chunks
-        there are ``k (k + 1) / 2`` backward passes over a chunk, since every pair of tasks has an
-        inner product, and another gradient step in the pullback.
-      form: How each layer's part of the Jacobian is kept for the pullback, as for
-        `jaxjd.value_and_jacobian`.
+      argnums: As for `jaxjd.per_task_value_and_jacobian`.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses are pulled back at once, at least 1; all by default, and one with
+        ``form="products"``. Less memory for more time. With 1 nothing is batched, so that whatever
+        ``jax.grad`` of one loss can do works.
+      form: How the Jacobian is held. ``"auto"``: leaf by leaf in what is cheaper for its shape.
+        ``"dense"``: in arrays of shape ``(m, *param.shape)``, as from ``jax.jacrev``.
+        ``"factored"``: in factors wherever there are any. ``"products"``, for Gramians only: not at
+        all; losses are pulled back one by one and nothing is batched, for when nothing else fits.
+        "Engines" in the guide has more.
       labels: Groups of parameters, as for `jaxjd.value_and_gramian`.
 
     Returns:
@@ -119,7 +136,7 @@ def per_task_value_and_gramian(
       [3. 0.]
     """
     loss_fn = _of_one_task(fn, has_aux)
-    return per_example_value_and_gramian(loss_fn, has_aux, chunk_size, form, labels)
+    return per_example_value_and_gramian(loss_fn, argnums, has_aux, chunk_size, form, labels)
 
 
 def _of_one_task(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
@@ -127,8 +144,8 @@ def _of_one_task(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     check_function("fn", fn)
 
     @functools.wraps(fn)
-    def loss_fn(params: PyTree, *data: Any, **kwargs: Any) -> Any:
-        found = fn(params, *data, **kwargs)
+    def loss_fn(*args: Any, **kwargs: Any) -> Any:
+        found = fn(*args, **kwargs)
         loss = found[0] if has_aux and isinstance(found, tuple) and found else found
         if getattr(loss, "shape", ()) != () or isinstance(loss, (tuple, list, dict)):
             raise ValueError(

@@ -17,10 +17,12 @@ from jaxjd.autodiff._tasks import (
     check_differentiable,
     count_losses,
     map_tasks,
+    ones_like,
     vary_like,
+    vjp,
     with_losses,
 )
-from jaxjd.base import PyTree
+from jaxjd.base import Jacobian, PyTree
 from jaxjd.checks import check_function
 from jaxjd.linalg.costs import prefers_factors
 from jaxjd.linalg.factored import FactoredLeaf
@@ -178,10 +180,13 @@ class Split(NamedTuple):
         return found
 
 
-def split(traced: Traced, num_params: int, m: int, form: str, per_task: bool = False) -> Split:
-    """Decides about every parameter of a traced function."""
+def split(
+    traced: Traced, num_params: int, m: int, form: str, per_task: bool = False, num_summed: int = 0
+) -> Split:
+    """Decides about every parameter of a traced function; the last may be summed: no rows."""
     taps = find(traced.jaxpr.jaxpr, num_params)
     choices = choose(taps, num_params, m, form, per_task)
+    choices[num_params - num_summed :] = [Choice("dense", False, "summed")] * num_summed
     rest = [number for number, choice in enumerate(choices) if not choice.tapped]
     tapped = set(range(num_params)) - set(rest)
     return Split(traced, taps, choices, prune(taps.plan, tapped), rest)
@@ -239,32 +244,75 @@ def _joined(uses: Sequence[parts.Use], m: int) -> tuple[Choice, Any]:
     ), first.site
 
 
-def tapped_jacobian(
+def differentiate(
     losses_of: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: Sequence[PyTree],
     has_aux: bool,
     chunk_size: int | None,
     form: str,
-    cut: bool = False,
-) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Returns the losses, the auxiliary output and the Jacobian of every argument.
+    summed: Sequence[PyTree] = (),
+) -> tuple[Any, Any, list[Jacobian], list[PyTree]]:
+    """The core of the engines for losses of one batch.
 
-    With `cut` what each loss owns is pulled back once, however little that saves.
+    Args:
+      losses_of: ``losses_of(*args, *summed)``.
+      args: What has a Jacobian.
+      has_aux: As for the engines.
+      chunk_size: As for the engines.
+      form: As for the engines, but ``"products"``.
+      summed: What has a gradient only, that of the sum of the losses: it is pulled back once.
+
+    Returns:
+      The losses, the auxiliary output, the Jacobians and the gradients.
     """
-    traced = trace(losses_of, args, has_aux)
-    leaves, treedef = jax.tree.flatten(args)
+    full = [*args, *summed]
+    if form == "dense" and not summed:
+        return _on_values(losses_of, full, has_aux, chunk_size, len(args))
+    try:
+        traced = trace(losses_of, full, has_aux)
+    except ValueError as error:
+        if form == "dense" and isinstance(error.__cause__, _NEEDS_VALUES):
+            return _on_values(losses_of, full, has_aux, chunk_size, len(args))
+        raise
+    leaves, treedef = jax.tree.flatten(full)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
+    num_summed = len(jax.tree.leaves(summed))
     program, consts = inline(traced.jaxpr)
-    found = parts.cut_losses(program, len(leaves), traced.num_losses, always=cut)
+    found = parts.cut_losses(program, len(leaves), traced.num_losses, num_summed)
     if found is not None:
-        outputs, jacobian = parts.jacobian(
+        outputs, results = parts.jacobian(
             found, consts, leaves, (), traced.num_losses, chunk_size, form
         )
         losses, aux = traced.join(outputs)
-        return losses, aux, jax.tree.unflatten(treedef, jacobian)
-    whole = split(traced, len(leaves), traced.num_tasks, form)
-    losses, pull_back, aux, inputs = whole.vjp(leaves)
-    dense, cotangents = map_tasks(pull_back, losses, chunk_size)
-    jacobian = whole.jacobian(dense, inputs, cotangents)
-    losses, aux = traced.join([*losses, *aux])
-    return losses, aux, jax.tree.unflatten(treedef, jacobian)
+    else:
+        whole = split(traced, len(leaves), traced.num_tasks, form, num_summed=num_summed)
+        losses, pull_back, aux, inputs = whole.vjp(leaves)
+        num_rows = len(leaves) - num_summed
+
+        def rows_of(cotangents: Any) -> tuple[dict, dict]:
+            dense, tapped = pull_back(cotangents)
+            return {number: row for number, row in dense.items() if number < num_rows}, tapped
+
+        dense, cotangents = map_tasks(rows_of, losses, chunk_size)
+        if num_summed:
+            dense = {**pull_back(ones_like(losses))[0], **dense}
+        results = whole.jacobian(dense, inputs, cotangents)
+        losses, aux = traced.join([*losses, *aux])
+    trees = jax.tree.unflatten(treedef, results)
+    return losses, aux, trees[: len(args)], trees[len(args) :]
+
+
+def _on_values(
+    losses_of: Callable[..., Any],
+    full: Sequence[PyTree],
+    has_aux: bool,
+    chunk_size: int | None,
+    num_args: int,
+) -> tuple[Any, Any, list[Jacobian], list[PyTree]]:
+    """As `differentiate`, dense: the function is run and not traced."""
+    losses, pull_back, aux = vjp(losses_of, *full, has_aux=has_aux)
+    jacobians = map_tasks(lambda cotangent: pull_back(cotangent)[:num_args], losses, chunk_size)
+    gradients: Sequence[PyTree] = ()
+    if len(full) > num_args:
+        gradients = pull_back(ones_like(losses))[num_args:]
+    return losses, aux, list(jacobians), list(gradients)

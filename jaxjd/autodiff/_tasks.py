@@ -16,7 +16,7 @@ from jaxjd.checks import check_static_int, is_mutable_state, path_name, type_nam
 
 
 def check_differentiable(params: PyTree) -> None:
-    """Checks that every leaf is a real floating point array, and none a model's mutable state.
+    """Checks that every leaf is a floating point array, and none a model's mutable state.
 
     Raises:
       ValueError: If one is not; its path is named.
@@ -29,10 +29,10 @@ def check_differentiable(params: PyTree) -> None:
                 "`jaxjd.integrations.nnx.value_and_jacobian` (and every other engine there) takes "
                 "a whole model; by hand, split it: `nnx.split(model, nnx.Param, ...)`."
             )
-        array = isinstance(leaf, (float, int)) or hasattr(leaf, "dtype")
-        if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        array = isinstance(leaf, (float, int, complex)) or hasattr(leaf, "dtype")
+        if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise ValueError(
-                f"Parameter leaf '{path_name(path)}': expected a real floating point dtype, found "
+                f"Parameter leaf '{path_name(path)}': expected a floating point dtype, found "
                 f"{type_name(leaf)}. Pass it as another argument of the function."
             )
 
@@ -108,6 +108,11 @@ def spread(weights: jax.Array, losses: PyTree) -> PyTree:
         found.append(vary_like(part.astype(leaf.dtype), leaf))
         offset += size
     return jax.tree.unflatten(treedef, found)
+
+
+def ones_like(losses: PyTree) -> PyTree:
+    """The cotangents of the losses of their sum."""
+    return jax.tree.map(lambda loss: vary_like(jnp.ones_like(loss), loss), losses)
 
 
 def vary_like(array: jax.Array, like: Any) -> jax.Array:

@@ -56,7 +56,7 @@ def predicted_change_by(updates: PyTree, jacobian: Jacobian) -> jax.Array:
 
     Args:
       updates: What is added to the parameters, as it comes from the last link of a chain: a pytree
-        like the parameters.
+        like the parameters. For complex ones, after the conjugate was taken.
       jacobian: The Jacobian at the parameters.
 
     Returns:
@@ -75,5 +75,6 @@ def predicted_change_by(updates: PyTree, jacobian: Jacobian) -> jax.Array:
       [ 0.2 -0.8]
     """
     count_tasks(jacobian, updates)
-    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], updates)
+    # A gradient of complex parameters is a conjugate, and what is added to them is none.
+    rows = jax.tree.map(lambda leaf: jnp.conj(leaf)[None], updates)
     return cross_gramian(jacobian, rows)[:, 0]

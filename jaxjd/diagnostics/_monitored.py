@@ -145,9 +145,10 @@ def _diagnose(
 ) -> tuple[jax.Array, ...]:
     """The fields of `MonitoredState` between the first and the last one."""
     products = gramian(jacobian)
-    change = predicted_change_by(direction, jacobian)
-    if learning_rate is not None:
-        change = -change
+    if learning_rate is None:
+        change = predicted_change_by(direction, jacobian)
+    else:  # A gradient, which an optimizer subtracts the conjugate of.
+        change = -predicted_change_by(jax.tree.map(jnp.conj, direction), jacobian)
     # No more than the rounding of the direction to its dtype can make of nothing.
     rounding = jnp.sqrt(_square(direction)) * unit_diagonal(products).lengths
     level = max(_eps(leaf) for leaf in jax.tree.leaves(direction)) * rounding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,37 +100,57 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
         m = count_tasks(updates, params)
         if m is None:
             return updates, state, None
-        check_num_tasks(m, num_tasks)
-        check_state("`grouped`", state, GroupedState)
         found = resolve(labels, param_shapes(updates) if params is None else params)
-        groups = sorted(set(found))
-        for leaf in jax.tree.leaves(state):
-            if leaf.shape[0] != len(groups):
-                raise ValueError(
-                    f"The state holds {leaf.shape[0]} groups, but the labels are {groups}."
-                )
-        check_logged(state.weights, () if num_tasks is None else (len(groups), m))
         leaves, treedef = jax.tree.flatten(updates)
 
         def stat_of(group: str) -> Any:
             extra = cut_extra_args(extra_args, updates, found, group)
             return read_stat(weighting, cut(updates, found, group), extra)
 
-        stats = jnp.stack([stat_of(group) for group in groups])
-        weights, inner, certificates = jax.vmap(
-            lambda stat, inner: solve(weighting.update, stat, inner, **extra_args)
-        )(stats, state.weighting)
+        groups = sorted(set(found))
+        weights, next_state, certificate = weigh_groups(
+            weighting, num_tasks, stat_of, groups, m, state, extra_args
+        )
         number = {group: place for place, group in enumerate(groups)}
         combined = [
             combine(weights[number[label]], leaf) for leaf, label in zip(leaves, found, strict=True)
         ]
-        logged: Any = ()
-        if num_tasks is not None:
-            logged = weights.astype(jnp.asarray(state.weights).dtype)
-        certificate = certificates and jax.tree_util.Partial(_residuals, certificates)
-        return jax.tree.unflatten(treedef, combined), GroupedState(logged, inner), certificate
+        return jax.tree.unflatten(treedef, combined), next_state, certificate
 
     return Aggregator(init, Certified(update))  # type: ignore[arg-type]
+
+
+def weigh_groups(
+    weighting: Weighting,
+    num_tasks: int | None,
+    stat_of: Callable[[str], Any],
+    groups: Sequence[str],
+    m: int,
+    state: GroupedState,
+    extra_args: Mapping[str, Any],
+) -> tuple[jax.Array, GroupedState, Any]:
+    """What `grouped` does with the statistics of all groups, of ``m`` tasks.
+
+    Returns:
+      The weights of every group, the next state, and the certificate.
+    """
+    check_num_tasks(m, num_tasks)
+    check_state("`grouped`", state, GroupedState)
+    for leaf in jax.tree.leaves(state):
+        if leaf.shape[0] != len(groups):
+            raise ValueError(
+                f"The state holds {leaf.shape[0]} groups, but the labels are {list(groups)}."
+            )
+    check_logged(state.weights, () if num_tasks is None else (len(groups), m))
+    stats = jnp.stack([stat_of(group) for group in groups])
+    weights, inner, certificates = jax.vmap(
+        lambda stat, inner: solve(weighting.update, stat, inner, **extra_args)
+    )(stats, state.weighting)
+    logged: Any = ()
+    if num_tasks is not None:
+        logged = weights.astype(jnp.asarray(state.weights).dtype)
+    certificate = certificates and jax.tree_util.Partial(_residuals, certificates)
+    return weights, GroupedState(logged, inner), certificate
 
 
 def _residuals(certificates: jax.tree_util.Partial) -> jax.Array:

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxjd import autodiff
 from jaxjd.autodiff._tasks import check_pair
 from jaxjd.base import Gramian, Jacobian, PyTree
-from jaxjd.checks import check_function, path_name
+from jaxjd.checks import argument_number, check_function, path_name
 
 __all__ = [
     "value_and_jacobian",
@@ -55,7 +55,8 @@ def value_and_jacobian(
         modules, as BatchNorm and dropout do.
       argnums: Which positional arguments to differentiate: modules, pytrees of modules and arrays,
         or arrays. An `nnx.DiffState` in place of a number brings its own filter.
-      has_aux: Whether `fn` returns auxiliary output next to the losses.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
       wrt: Which variables of the modules to differentiate, any filter of nnx: a type such as
         `nnx.LoRAParam`, ``nnx.PathContains("head")``, ... Use the same for `nnx.Optimizer`.
       **options: `chunk_size` and `form`, as for `jaxjd.value_and_jacobian`.
@@ -114,9 +115,10 @@ def value_and_gramian(
     Args:
       fn: As for `value_and_jacobian`.
       argnums: As for `value_and_jacobian`.
-      has_aux: Whether `fn` returns auxiliary output next to the losses.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
       wrt: As for `value_and_jacobian`.
-      **options: What else `jaxjd.value_and_gramian` takes, such as `chunk_size` and `labels`.
+      **options: `chunk_size`, `form` and `labels`, as for `jaxjd.value_and_gramian`.
 
     Returns:
       A function of the arguments of `fn` that returns ``(losses, gramian, pullback)``, with
@@ -162,14 +164,15 @@ def mtl_value_and_jacobian(
       trunk_fn: ``trunk_fn(trunk, *args) -> features``, as for `jaxjd.mtl_value_and_jacobian`.
       heads_fn: A list, tuple or dict with one function ``head_fn(head, features, *args) -> loss``
         per task, or one function of all heads.
-      has_aux: Whether the functions return auxiliary output: ``(features, aux)`` and
-        ``(loss, aux)``.
-      wrt: Which variables of trunk and heads to differentiate. The modules in `args` are constant.
-      **options: `chunk_size`, and what else `jaxjd.mtl_value_and_jacobian` takes.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      wrt: Which variables of trunk and heads to differentiate. Modules in `args` are constant.
+      **options: `chunk_size` and `form`, as for `jaxjd.mtl_value_and_jacobian`.
 
     Returns:
-      A function ``(trunk, heads, *args)`` that returns what `jaxjd.mtl_value_and_jacobian` does,
-      with an `nnx.State` in the place of every module.
+      A function ``(trunk, heads, *args, **kwargs)`` that returns what
+      `jaxjd.mtl_value_and_jacobian` does, with an `nnx.State` in the place of every
+      module.
 
     Raises:
       ValueError: As for `jaxjd.mtl_value_and_jacobian` and `value_and_jacobian`; if a
@@ -205,8 +208,10 @@ def mtl_value_and_jacobian(
     """
     run = _mtl_engine(autodiff.mtl_value_and_jacobian, trunk_fn, heads_fn, has_aux, wrt, options)
 
-    def mtl_fn(trunk: Any, heads: Any, *args: Any) -> tuple[Any, tuple[Jacobian, PyTree]]:
-        values, wrap, pair = run(trunk, heads, args)
+    def mtl_fn(
+        trunk: Any, heads: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, tuple[Jacobian, PyTree]]:
+        values, wrap, pair = run(trunk, heads, args, kwargs)
         return values, wrap(pair)
 
     return mtl_fn
@@ -224,13 +229,15 @@ def mtl_value_and_gramian(
     Args:
       trunk_fn: As for `mtl_value_and_jacobian`.
       heads_fn: As for `mtl_value_and_jacobian`.
-      has_aux: As for `mtl_value_and_jacobian`.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
       wrt: As for `mtl_value_and_jacobian`.
-      **options: `chunk_size`, and what else `jaxjd.mtl_value_and_gramian` takes.
+      **options: `chunk_size`, `form` and `labels`, as for `jaxjd.mtl_value_and_gramian`.
 
     Returns:
-      A function ``(trunk, heads, *args)`` that returns what `jaxjd.mtl_value_and_gramian` does,
-      with an `nnx.State` in the place of every module in the pairs of the pullback.
+      A function ``(trunk, heads, *args, **kwargs)`` that returns what
+      `jaxjd.mtl_value_and_gramian` does, with an `nnx.State` in the place of every
+      module in the pairs of the pullback.
 
     Raises:
       ValueError: As for `mtl_value_and_jacobian`.
@@ -250,15 +257,19 @@ def mtl_value_and_gramian(
     """
     run = _mtl_engine(autodiff.mtl_value_and_gramian, trunk_fn, heads_fn, has_aux, wrt, options)
 
-    def mtl_fn(trunk: Any, heads: Any, *args: Any) -> tuple[Any, Any, Any]:
-        values, wrap, gramian, pullback = run(trunk, heads, args)
+    def mtl_fn(trunk: Any, heads: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        values, wrap, gramian, pullback = run(trunk, heads, args, kwargs)
         return values, gramian, lambda weights: wrap(pullback(weights))
 
     return mtl_fn
 
 
 def per_example_value_and_jacobian(
-    fn: Callable[..., Any], has_aux: bool = False, wrt: Any = nnx.Param, **options: Any
+    fn: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    **options: Any,
 ) -> Callable[..., tuple[Any, Jacobian]]:
     """Returns a function that computes one loss per example and the Jacobian of all of them.
 
@@ -267,13 +278,16 @@ def per_example_value_and_jacobian(
         not change the model, since all examples would change the same variable: BatchNorm with
         ``use_running_average=True``, and dropout with a key that is part of the example,
         ``model(x, rngs=nnx.Rngs(dropout=key))``.
-      has_aux: Whether `fn` returns ``(loss, aux)``.
-      wrt: Which variables of the model to differentiate.
+      argnums: As for `value_and_jacobian`; everything else is the batch.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      wrt: As for `value_and_jacobian`.
       **options: `chunk_size` and `form`, as for `jaxjd.per_example_value_and_jacobian`.
 
     Returns:
-      A function ``(model, *batch)`` that returns what `jaxjd.per_example_value_and_jacobian` does,
-      with an `nnx.State` in the place of every module.
+      A function of the arguments of `fn` that returns what
+      `jaxjd.per_example_value_and_jacobian` does, with an `nnx.State` in the place of every
+      module.
 
     Raises:
       ValueError: As for `jaxjd.per_example_value_and_jacobian`, and if `fn` changes a variable: its
@@ -289,29 +303,37 @@ def per_example_value_and_jacobian(
       >>> losses.shape, jacobian["kernel"][...].shape
       ((8,), (8, 3, 1))
     """
-    run = _per_example(autodiff.per_example_value_and_jacobian, fn, has_aux, wrt, options)
+    engine = autodiff.per_example_value_and_jacobian
+    run = _per_example(engine, fn, argnums, has_aux, wrt, options)
 
-    def per_example_fn(model: Any, *batch: Any) -> tuple[Any, Jacobian]:
-        values, wrap, jacobian = run(model, batch)
+    def per_example_fn(*args: Any, **kwargs: Any) -> tuple[Any, Jacobian]:
+        values, wrap, jacobian = run(args, kwargs)
         return values, wrap(jacobian)
 
     return per_example_fn
 
 
 def per_example_value_and_gramian(
-    fn: Callable[..., Any], has_aux: bool = False, wrt: Any = nnx.Param, **options: Any
+    fn: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    **options: Any,
 ) -> Callable[..., tuple[Any, Any, Pullback]]:
     """Returns a function that computes one loss per example, their Gramian, and a pullback.
 
     Args:
       fn: As for `per_example_value_and_jacobian`.
-      has_aux: Whether `fn` returns ``(loss, aux)``.
-      wrt: Which variables of the model to differentiate.
+      argnums: As for `value_and_jacobian`; everything else is the batch.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      wrt: As for `value_and_jacobian`.
       **options: `chunk_size`, `form` and `labels`, as for `jaxjd.per_example_value_and_gramian`.
 
     Returns:
-      A function ``(model, *batch)`` that returns what `jaxjd.per_example_value_and_gramian` does,
-      with an `nnx.State` in the place of every module in what the pullback returns.
+      A function of the arguments of `fn` that returns what
+      `jaxjd.per_example_value_and_gramian` does, with an `nnx.State` in the place of every
+      module in what the pullback returns.
 
     Raises:
       ValueError: As for `per_example_value_and_jacobian`.
@@ -327,10 +349,11 @@ def per_example_value_and_gramian(
       >>> gramian.shape, pullback(jnp.ones(8))["kernel"][...].shape
       ((8, 8), (3, 1))
     """
-    run = _per_example(autodiff.per_example_value_and_gramian, fn, has_aux, wrt, options)
+    engine = autodiff.per_example_value_and_gramian
+    run = _per_example(engine, fn, argnums, has_aux, wrt, options)
 
-    def per_example_fn(model: Any, *batch: Any) -> tuple[Any, Any, Pullback]:
-        values, wrap, gramian, pullback = run(model, batch)
+    def per_example_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, Pullback]:
+        values, wrap, gramian, pullback = run(args, kwargs)
         return values, gramian, lambda weights: wrap(pullback(weights))
 
     return per_example_fn
@@ -339,6 +362,7 @@ def per_example_value_and_gramian(
 def per_example_value_and_clipped_grad(
     fn: Callable[..., Any],
     clip_norm: Any,
+    argnums: Argnums = 0,
     has_aux: bool = False,
     wrt: Any = nnx.Param,
     **options: Any,
@@ -348,13 +372,16 @@ def per_example_value_and_clipped_grad(
     Args:
       fn: As for `per_example_value_and_jacobian`.
       clip_norm: The bound on the length of an example's gradient.
-      has_aux: Whether `fn` returns ``(loss, aux)``.
-      wrt: Which variables of the model to differentiate.
+      argnums: As for `value_and_jacobian`; everything else is the batch.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      wrt: As for `value_and_jacobian`.
       **options: `chunk_size`, as for `jaxjd.per_example_value_and_clipped_grad`.
 
     Returns:
-      A function ``(model, *batch)`` that returns what `jaxjd.per_example_value_and_clipped_grad`
-      does; the gradient has the structure of those of `nnx.value_and_grad`.
+      A function of the arguments of `fn` that returns what
+      `jaxjd.per_example_value_and_clipped_grad` does; the gradient has the structure of those of
+      `nnx.value_and_grad`.
 
     Raises:
       ValueError: As for `per_example_value_and_jacobian` and
@@ -372,10 +399,10 @@ def per_example_value_and_clipped_grad(
       [2. 2. 2.] 2.0
     """
     engine = functools.partial(autodiff.per_example_value_and_clipped_grad, clip_norm=clip_norm)
-    run = _per_example(engine, fn, has_aux, wrt, options)
+    run = _per_example(engine, fn, argnums, has_aux, wrt, options)
 
-    def per_example_fn(model: Any, *batch: Any) -> tuple[Any, PyTree, jax.Array]:
-        values, wrap, gradient, norms = run(model, batch)
+    def per_example_fn(*args: Any, **kwargs: Any) -> tuple[Any, PyTree, jax.Array]:
+        values, wrap, gradient, norms = run(args, kwargs)
         return values, wrap(gradient), norms
 
     return per_example_fn
@@ -389,13 +416,8 @@ def _engine(
     wrt: Any,
     options: Mapping[str, Any],
 ) -> Callable[..., tuple]:
-    """An engine that takes argnums, for a function of modules."""
-    _check_function("fn", fn)
-    single = not isinstance(argnums, Sequence)
-    entries = [argnums] if single else argnums
-    states = [n if isinstance(n, nnx.DiffState) else nnx.DiffState(n, wrt) for n in entries]
-    # Here only for the checks: the options, and that there are argnums.
-    engine(fn, [state.argnum for state in states], **options)
+    """An engine for a function of modules."""
+    states, single = _states(engine, fn, argnums, wrt, options)
 
     def run(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
         with contextlib.ExitStack() as contexts:
@@ -427,7 +449,7 @@ def _mtl_engine(
         _check_function(name, fn)
     engine(trunk_fn, heads_fn, **options)  # Checks the options.
 
-    def run(trunk: Any, heads: Any, args: tuple) -> tuple:
+    def run(trunk: Any, heads: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
         try:
             parts = [trunk, *treedef.flatten_up_to(heads)]
         except (ValueError, TypeError) as error:
@@ -437,7 +459,7 @@ def _mtl_engine(
             ) from error
         with contextlib.ExitStack() as contexts:
             calls = [
-                _Call(fn, has_aux, (part, *args), {}, [nnx.DiffState(0, wrt)], contexts)
+                _Call(fn, has_aux, (part, *args), kwargs, [nnx.DiffState(0, wrt)], contexts)
                 for fn, part in zip((trunk_fn, *functions), parts, strict=True)
             ]
             _check_disjoint(calls)
@@ -464,20 +486,32 @@ def _mtl_engine(
 def _per_example(
     engine: Callable[..., Any],
     fn: Callable[..., Any],
+    argnums: Argnums,
     has_aux: bool,
     wrt: Any,
     options: Mapping[str, Any],
 ) -> Callable[..., tuple]:
-    """A per-example engine for a function of a model."""
-    _check_function("fn", fn)
-    engine(fn, **options)  # Checks the options.
+    """A per-example engine for a function of modules."""
+    states, single = _states(engine, fn, argnums, wrt, options)
 
-    def run(model: Any, batch: tuple) -> tuple:
+    def run(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+        numbers = [argument_number(state.argnum, len(args)) for state in states]
+        _check_distinct(numbers)
+        rest = [number for number in range(len(args)) if number not in numbers]
+        order = [numbers[0], *rest, *numbers[1:]]
+
+        def one(*given: Any, **keywords: Any) -> Any:
+            found = dict(zip(order, given, strict=True))
+            return fn(*(found[number] for number in range(len(args))), **keywords)
+
+        models = tuple(args[number] for number in numbers)
+        batch = [args[number] for number in rest]
         with contextlib.ExitStack() as contexts:
-            call = _Call(fn, has_aux, (model,), {}, [nnx.DiffState(0, wrt)], contexts)
+            filters = [nnx.DiffState(n, state.filter) for n, state in enumerate(states)]
+            call = _Call(one, has_aux, models, {}, filters, contexts)
 
-            def loss_of(chosen: PyTree, *example: Any) -> Any:
-                loss, (after, aux) = call((chosen,), *example)
+            def loss_of(chosen: Sequence[PyTree], *example: Any, **keywords: Any) -> Any:
+                loss, (after, aux) = call(chosen, *example, **keywords)
                 for path in call.changes(after).values():
                     raise ValueError(
                         f"Variable '{path}': the loss of an example changes it, and all examples "
@@ -486,10 +520,32 @@ def _per_example(
                     )
                 return (loss, aux) if has_aux else loss
 
-            values, *found = engine(loss_of, has_aux=has_aux, **options)(call.chosen[0], *batch)
-        return values, lambda tree: call.wrap((tree,))[0], *found
+            pure = engine(loss_of, has_aux=has_aux, **options)
+            values, *found = pure(call.chosen, *batch, **kwargs)
+
+        def wrap(tree: PyTree) -> PyTree:
+            wrapped = call.wrap(tree)
+            return wrapped[0] if single else wrapped
+
+        return values, wrap, *found
 
     return run
+
+
+def _states(
+    engine: Callable[..., Any],
+    fn: Callable[..., Any],
+    argnums: Argnums,
+    wrt: Any,
+    options: Mapping[str, Any],
+) -> tuple[list[nnx.DiffState], bool]:
+    """What is differentiated, and whether it is a single argument; checks it and the options."""
+    _check_function("fn", fn)
+    single = not isinstance(argnums, Sequence)
+    entries = [argnums] if single else argnums
+    states = [n if isinstance(n, nnx.DiffState) else nnx.DiffState(n, wrt) for n in entries]
+    engine(fn, argnums=[state.argnum for state in states], **options)
+    return states, single
 
 
 def _of_one(call: _Call) -> Callable[..., Any]:
@@ -558,9 +614,8 @@ class _Call:
         contexts: contextlib.ExitStack,
     ) -> None:
         self.fn, self.has_aux = fn, has_aux
-        self.numbers = [_position(state.argnum, len(args)) for state in states]
-        if len(set(self.numbers)) < len(self.numbers):
-            raise ValueError(f"`argnums` names an argument twice: {self.numbers}.")
+        self.numbers = [argument_number(state.argnum, len(args)) for state in states]
+        _check_distinct(self.numbers)
         filters = dict(zip(self.numbers, [state.filter for state in states], strict=True))
         self.predicates = {n: nnx.filterlib.to_predicate(wrt) for n, wrt in filters.items()}
         leaves, self.treedef = jax.tree.flatten_with_path((args, dict(kwargs)), is_leaf=_is_node)
@@ -609,12 +664,15 @@ class _Call:
                 "constant. Differentiate both or none."
             )
 
-    def __call__(self, chosen: Sequence[PyTree], *extra: Any) -> tuple[Any, tuple[Any, Any]]:
+    def __call__(
+        self, chosen: Sequence[PyTree], *extra: Any, **more: Any
+    ) -> tuple[Any, tuple[Any, Any]]:
         """Returns what the function returns, and the state afterwards with auxiliary output.
 
         Args:
           chosen: As the attribute.
           *extra: More arguments, after the first.
+          **more: More keyword arguments.
         """
         trees = zip(self.numbers, self.wrap(tuple(chosen)), strict=True)
         found = {n: iter(self.treedefs[n].flatten_up_to(tree)) for n, tree in trees}
@@ -630,7 +688,7 @@ class _Call:
                 for part in parts
             ]
         (first, *others), keywords = self.treedef.unflatten(nodes)
-        result = self.fn(first, *extra, *others, **keywords)
+        result = self.fn(first, *extra, *others, **keywords, **more)
         value, aux = check_pair(result) if self.has_aux else (result, None)
         with nnx.split_context(self) as context:
             after = [
@@ -748,12 +806,9 @@ def _check_function(name: str, fn: Any) -> None:
         )
 
 
-def _position(number: Any, num_args: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"`argnums` must hold ints, got {number!r}.")
-    if not -num_args <= number < num_args:
-        raise ValueError(f"`argnums` has {number}, but there are {num_args} positional arguments.")
-    return number % num_args
+def _check_distinct(numbers: Sequence[int]) -> None:
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"`argnums` names an argument twice: {list(numbers)}.")
 
 
 def _raw(leaf: Any) -> Any:

@@ -57,12 +57,12 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
                 f"Jacobian leaf '{name}': expected an array with a leading task axis, "
                 f"found {type_name(leaf)}."
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
-                f"Jacobian leaf '{name}': expected a real floating point dtype, found "
+                f"Jacobian leaf '{name}': expected a floating point dtype, found "
                 f"{type_name(leaf)}. Differentiate with respect to floating point leaves only."
             )
-        if jnp.dtype(leaf.dtype).itemsize not in (2, 4, 8):  # No sums of 8-bit floats.
+        if jnp.finfo(leaf.dtype).bits not in (16, 32, 64):  # No sums of 8-bit floats.
             raise ValueError(
                 f"Jacobian leaf '{name}': expected a floating point dtype of 16, 32 or 64 bits, "
                 f"found {type_name(leaf)}."
@@ -80,6 +80,20 @@ def count_tasks(jacobian: Jacobian, params: PyTree | None = None) -> int | None:
     if params is not None:
         _check_against_params(leaves, jacobian, params)
     return None if first is None else first[1]
+
+
+def refuse_complex(jacobian: Jacobian, name: str) -> None:
+    """Checks that a method which compares or squares single entries gets real ones.
+
+    Raises:
+      ValueError: If a leaf is complex; its path is named.
+    """
+    for path, leaf in jax.tree.leaves_with_path(jacobian):
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"Jacobian leaf '{path_name(path)}': `{name}` looks at single entries, which must "
+                f"be real, found {type_name(leaf)}. Methods of the Gramian take complex leaves."
+            )
 
 
 def plain_leaves(updates: PyTree, params: PyTree | None) -> list[bool]:
@@ -166,6 +180,11 @@ def _check_against_params(
                 f"its parameter, found {leaf.shape}."
                 + (" It has no task axis." if leaf.shape == jnp.shape(param) else "")
             )
+        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(param):
+            raise ValueError(
+                f"Jacobian leaf '{path_name(path)}': expected a real dtype, as that of its "
+                f"parameter, found {type_name(leaf)}."
+            )
 
 
 def gramian(jacobian: Jacobian) -> Gramian:
@@ -173,14 +192,15 @@ def gramian(jacobian: Jacobian) -> Gramian:
 
     .. math:: G_{ij} = \sum_{\text{leaves}} \langle J_i, J_j \rangle
 
-    Products are taken at ``Precision.HIGHEST`` and accumulated in float32 or better, whatever the
-    dtype of the leaves.
+    The rows of a complex parameter have the inner product of their real and imaginary parts,
+    :math:`\operatorname{Re} J J^H`, so that the Gramian is real. Products are taken at
+    ``Precision.HIGHEST`` and accumulated in float32 or better, whatever the dtype of the leaves.
 
     Args:
       jacobian: A pytree whose leaves have shape ``(m, *param.shape)``. ``None`` holes are skipped.
 
     Returns:
-      An array of shape ``(m, m)``; its dtype is the leaves' promoted dtype, at least float32.
+      An array of shape ``(m, m)``; its dtype is the leaves' promoted real dtype, at least float32.
 
     Raises:
       ValueError: If the pytree has no leaves or is not a Jacobian.
@@ -201,13 +221,15 @@ def gramian(jacobian: Jacobian) -> Gramian:
 def cross_gramian(jacobian_1: Jacobian, jacobian_2: Jacobian) -> jax.Array:
     r"""Computes :math:`A = J_1 J_2^\top` for the Jacobians of two independent batches.
 
+    Complex leaves are treated as in `gramian`.
+
     Args:
       jacobian_1: A pytree whose leaves have shape ``(m1, *param.shape)``.
       jacobian_2: A pytree of the same structure whose leaves have shape ``(m2, *param.shape)``. The
         numbers of rows may differ: with an update as the only row, :math:`A` is what it changes.
 
     Returns:
-      An array of shape ``(m1, m2)``, in the promoted dtype of the leaves, at least float32. For two
+      An array of shape ``(m1, m2)``, in the leaves' promoted real dtype, at least float32. For two
       batches of the same tasks it is, in expectation, the Gramian of the expected Jacobian.
 
     Raises:
@@ -258,7 +280,8 @@ def combine(weights: jax.Array, jacobian: Jacobian) -> PyTree:
 
     Returns:
       A pytree like the parameters; each leaf has the dtype of its Jacobian leaf, with the sum over
-      tasks accumulated in float32 or better.
+      tasks accumulated in float32 or better. For complex parameters it is what ``jax.grad`` gives
+      for the weighted sum of the losses: the conjugate of the direction in which that grows.
 
     Raises:
       ValueError: If it is not a Jacobian, or has not one row per weight.
@@ -380,6 +403,9 @@ def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
         return leaf_2.products(local_rows(leaf_1), dtype).T
     axes = tuple(range(1, leaf_1.ndim))
     leaf_1, leaf_2 = local_rows(leaf_1), local_rows(leaf_2)
+    if jnp.iscomplexobj(leaf_1) or jnp.iscomplexobj(leaf_2):  # Twice as many real numbers.
+        parts = [(leaf_1.real, leaf_2.real), (leaf_1.imag, leaf_2.imag)]
+        return jnp.add(*(_leaf_product(*pair, dtype) for pair in parts))
     if leaf_1.dtype != leaf_2.dtype:
         leaf_1, leaf_2 = leaf_1.astype(dtype), leaf_2.astype(dtype)
     return lax.dot_general(
@@ -408,6 +434,8 @@ def _leaf_combination(weights: jax.Array, leaf: Any) -> jax.Array:
     if isinstance(leaf, (FactoredLeaf, BlocksLeaf)):
         return leaf.combine(weights)
     leaf = jnp.asarray(leaf)
+    if jnp.iscomplexobj(leaf):
+        return lax.complex(*(_leaf_combination(weights, part) for part in (leaf.real, leaf.imag)))
     dtype = jnp.result_type(jnp.float32, weights.dtype, leaf.dtype)
     spec = None
     if _explicit_mesh(leaf) is not None:

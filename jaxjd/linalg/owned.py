@@ -91,16 +91,20 @@ class BlocksLeaf(OpaqueLeaf):
     def gramian(self, dtype: Any) -> jax.Array:
         """The inner products of the rows: a diagonal matrix, shape ``(m, m)``."""
         blocks = self.blocks
-        squares = product(blocks, blocks, contract=self._others, batch=[self.axis], dtype=dtype)
+        real = (blocks.real, blocks.imag) if jnp.iscomplexobj(blocks) else (blocks,)
+        squares = jnp.zeros((), dtype)
+        for part in real:
+            squares += product(part, part, contract=self._others, batch=[self.axis], dtype=dtype)
         # Not a product with zeros: an entry that is not finite stays its own task's.
         return jnp.diag(jnp.sum(jnp.where(self._owned(), squares[None, :], 0), axis=1))
 
     def combine(self, weights: jax.Array) -> jax.Array:
         """The combination of the rows, shaped like the parameter."""
-        dtype = jnp.result_type(jnp.float32, weights.dtype, self.dtype)
+        dtype = jnp.result_type(jnp.float32, weights.dtype, jnp.finfo(self.dtype).dtype)
         scale = jnp.sum(jnp.where(self._owned(), weights.astype(dtype)[:, None], 0), axis=0)
         scale = jnp.expand_dims(scale, self._others)
-        return (scale * self.blocks.astype(dtype)).astype(self.dtype)
+        wide = self.blocks.astype(jnp.promote_types(self.dtype, dtype))
+        return (scale * wide).astype(self.dtype)
 
     def materialize(self) -> jax.Array:
         """The dense leaf, shape ``(m, *param.shape)``."""

@@ -98,7 +98,7 @@ def skip_if_not_finite(
 def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     fine = jnp.ones((), bool)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        if jnp.issubdtype(new.dtype, jnp.floating):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
             # Some states begin at infinity, the best loss so far for one.
             fine &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
     return fine

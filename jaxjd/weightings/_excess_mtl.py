@@ -10,7 +10,7 @@ import optax
 
 from jaxjd.base import Jacobian, JacobianWeighting, PyTree, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_state, check_static_int
-from jaxjd.linalg.algebra import count_tasks
+from jaxjd.linalg.algebra import count_tasks, refuse_complex
 from jaxjd.linalg.sharded import sum_leaves
 from jaxjd.weightings._rows import paired_leaves, zero_rows
 
@@ -103,6 +103,7 @@ def excess_mtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> Jacobi
         if m is None:
             return jnp.exp(state.log_weights), state
         check_length("state.log_weights", state.log_weights.shape[0], m)
+        refuse_complex(stat, "excess_mtl")
         dtype = weight_dtype(stat)
         squares, risks = [], []
         for leaf, total in paired_leaves(stat, state.squares, "excess_mtl"):

@@ -65,6 +65,11 @@ def paired_leaves(
             f"expected shapes {[state.shape for state in states]}, "
             f"found {[leaf.shape for leaf in leaves]}."
         )
+    if any(
+        jnp.iscomplexobj(leaf) > jnp.iscomplexobj(state)
+        for leaf, state in zip(leaves, states, strict=True)
+    ):
+        raise ValueError(f"The Jacobian is complex, but `{name}` was initialized with real leaves.")
     # Lazily, so that a leaf is materialized when it is its turn.
     return (
         (local_rows(leaf).astype(state.dtype), state)
@@ -85,5 +90,8 @@ def row_norms(jacobian: Jacobian) -> jax.Array:
     for leaf in leaves:
         entries = local_rows(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
         axes = tuple(range(1, entries.ndim))
-        squares.append(jnp.sum(jnp.square(entries), axis=axes).astype(dtype))
+        square = jnp.square(entries.real)
+        if jnp.iscomplexobj(entries):
+            square += jnp.square(entries.imag)
+        squares.append(jnp.sum(square, axis=axes).astype(dtype))
     return safe_sqrt(sum_leaves(squares, leaves))
