@@ -494,7 +494,7 @@ def _states(
     single = not isinstance(argnums, Sequence)
     entries = [argnums] if single else argnums
     states = [n if isinstance(n, nnx.DiffState) else nnx.DiffState(n, wrt) for n in entries]
-    engine(fn, [state.argnum for state in states], **options)
+    engine(fn, argnums=[state.argnum for state in states], **options)
     return states, single
 
 
