@@ -153,6 +153,12 @@ def looking_heads(heads, z, x, *, shift):
     return found if found[0] > 0 else found[::-1]
 
 
+def calling_heads(heads, z, x, *, shift):
+    """Heads with an effect in an order, which is not cut into parts."""
+    jax.debug.callback(lambda: None, ordered=True)
+    return sharing_heads(heads, z, x, shift=shift)
+
+
 def draw(seed, *shape):
     return jnp.asarray(gaussian(seed, *shape), "float64")
 
@@ -177,6 +183,7 @@ CASES = {
     "sharing": (sharing_heads, ("dense", None)),
     "stacked": (stacked_heads, ("factored", 1)),
     "values": (looking_heads, ("dense", 2)),
+    "calling": (calling_heads, ("auto", 2)),
 }
 
 

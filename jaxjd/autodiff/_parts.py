@@ -753,7 +753,9 @@ def _sum(parts: Sequence[_Reached], like: jax.Array) -> jax.Array:
     """The sum of what reaches a variable over all losses."""
     dtype = jnp.promote_types(like.dtype, jnp.float32)
     arrays = [
-        part.array if isinstance(part, Gradient) else jnp.sum(part.rows, axis=0, dtype=dtype)
+        part.array.astype(dtype)
+        if isinstance(part, Gradient)
+        else jnp.sum(part.rows, axis=0, dtype=dtype)
         for part in parts
     ]
     if not arrays:
