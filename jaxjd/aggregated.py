@@ -12,10 +12,16 @@ from jax import lax
 
 from jaxjd.aggregators import weighted
 from jaxjd.aggregators._weighted import weigh
-from jaxjd.autodiff import value_and_gramian, value_and_jacobian
+from jaxjd.autodiff import in_microbatches, value_and_gramian, value_and_jacobian
 from jaxjd.autodiff._gramian import Groups, pull_weights
-from jaxjd.autodiff._jacobian import arguments, check_argnums
-from jaxjd.base import CrossGramianWeighting, JacobianWeighting, PyTree, Weighting
+from jaxjd.autodiff._jacobian import arguments, check_argnums, joined
+from jaxjd.base import (
+    CrossGramianWeighting,
+    Differentiated,
+    JacobianWeighting,
+    PyTree,
+    Weighting,
+)
 from jaxjd.checks import check_function, check_state, check_static_int, type_name
 from jaxjd.grouping import grouped
 from jaxjd.grouping._grouped import weigh_groups
@@ -81,6 +87,7 @@ def aggregated_value_and_grad(
     form: str = "auto",
     chunk_size: int | None = None,
     every: int = 1,
+    microbatches: int = 1,
 ) -> AggregatedGrad:
     r"""As ``jax.value_and_grad``, for many losses: one gradient that resolves their conflicts.
 
@@ -116,6 +123,11 @@ def aggregated_value_and_grad(
         Multi-Objective Optimization" (2024, https://arxiv.org/abs/2412.10961), and
         `update_weights_every` of the authors' Nash-MTL. It is cheaper and has a price: the weights
         are of an older point. `aux` may then hold arrays only.
+      microbatches: Into how many parts the batch is cut, for the activations of one part in memory
+        at a time. The losses and rows are the means over the parts, in float32: those of the whole
+        batch for losses that are means over it. The other positional arguments are the batch, cut
+        along the first axis of their leaves; scalars and keyword arguments go to every part. It
+        takes one dense Jacobian of memory, and the arrays of `aux` get an axis for the parts.
 
     Returns:
       An `AggregatedGrad`. Weightings of two batches (`modo`, `sdmgrad`) take the extra argument
@@ -149,78 +161,99 @@ def aggregated_value_and_grad(
     """
     losses_fn = _together(fn, has_aux)
     every = check_static_int("every", every, at_least=1)
+    microbatches = check_static_int("microbatches", microbatches, at_least=1)
     aggregator = _aggregator(weighting, labels, num_tasks, every)
     numbers, single = check_argnums(argnums)
+    told = Differentiated(numbers, single, has_aux)
+    reads_pair = isinstance(weighting, CrossGramianWeighting)
     if by_products := form == "products":
         _check_gramian_weighting(weighting)
+        if microbatches > 1:
+            raise ValueError("form='products' takes a batch whole: `microbatches` must be 1.")
         gramian_fn = value_and_gramian(losses_fn, argnums, has_aux, chunk_size, form, labels)
     else:
         jacobian_fn = value_and_jacobian(losses_fn, argnums, has_aux, chunk_size, form)
-    reads_pair = isinstance(weighting, CrossGramianWeighting)
+
+    def pull(weights: jax.Array) -> Callable[..., tuple[Any, PyTree]]:
+        """An engine that returns the losses and their gradient with given weights."""
+
+        def pull_fn(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+            losses_of, chosen = arguments(losses_fn, numbers, args, kwargs)
+            groups = Groups.of(labels, joined(chosen, single))
+            losses, aux, _, pullback = pull_weights(losses_of, chosen, single, has_aux, groups)
+            split = weights if labels is None else dict(zip(groups.names, weights, strict=True))
+            return ((losses, aux) if has_aux else losses), pullback(split)
+
+        return told.tell(pull_fn)
 
     def init(params: PyTree) -> AggregatedGradState:
         count = () if every == 1 else jnp.zeros((), jnp.int32)
         return AggregatedGradState(count, aggregator.init(params))
 
-    def apply(
-        state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
-    ) -> tuple[tuple[Any, PyTree], AggregatedGradState]:
-        check_state("`aggregated_value_and_grad`", state, AggregatedGradState)
-        own = {}
-        if "tasks" in kwargs and not isinstance(weighting, Weighting):
-            own["tasks"] = kwargs.pop("tasks")
-        losses_of, chosen = arguments(losses_fn, numbers, args, kwargs)
-        params = chosen[0] if single else tuple(chosen)
+    def through(wrap: Callable[[Any], Any]) -> AggregatedGrad:
+        """The same with something around every engine in it."""
 
-        def whole(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
-            values, jacobian = jacobian_fn(*args, **kwargs)
-            losses = values[0] if has_aux else values
-            extra: dict[str, Any] = {"losses": losses, **own}
-            if cross_args is not None:
-                extra["cross_jacobians"] = tuple(
-                    jacobian_fn(args[0], *batch, **kwargs)[1] for batch in cross_args
+        def around(engine: Callable[..., Any]) -> Callable[..., Any]:
+            return wrap(engine if microbatches == 1 else in_microbatches(engine, microbatches))
+
+        def apply(
+            state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
+        ) -> tuple[tuple[Any, PyTree], AggregatedGradState]:
+            check_state("`aggregated_value_and_grad`", state, AggregatedGradState)
+            own = {}
+            if "tasks" in kwargs and not isinstance(weighting, Weighting):
+                own["tasks"] = kwargs.pop("tasks")
+            params = joined(arguments(losses_fn, numbers, args, kwargs)[1], single)
+
+            def whole(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
+                engine = around(jacobian_fn)
+                values, jacobian = engine(*args, **kwargs)
+                losses = values[0] if has_aux else values
+                extra: dict[str, Any] = {"losses": losses, **own}
+                if cross_args is not None:
+                    extra["cross_jacobians"] = tuple(
+                        engine(args[0], *batch, **kwargs)[1] for batch in cross_args
+                    )
+                gradient, inner = aggregator.update(jacobian, inner, params, **extra)
+                return values, gradient, inner
+
+            def whole_by_products(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
+                values, gramian, pullback = wrap(gramian_fn)(*args, **kwargs)
+                losses = values[0] if has_aux else values
+                m = jax.tree.leaves(gramian)[0].shape[0]
+                rest = (m, inner, {"losses": losses})
+                if labels is None:
+                    weights, inner, _ = weigh(weighting, num_tasks, lambda: gramian, *rest)
+                else:
+                    names = sorted(gramian)
+                    weights, inner, _ = weigh_groups(
+                        weighting, num_tasks, gramian.__getitem__, names, *rest
+                    )
+                    weights = dict(zip(names, weights, strict=True))
+                return values, pullback(weights), inner
+
+            def backward(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
+                values, gradient = around(pull(inner.weights))(*args, **kwargs)
+                return values, gradient, inner
+
+            if reads_pair and (cross_args is None or argnums != 0):
+                raise ValueError(
+                    "A weighting of two batches needs `cross_args=(args1, args2)` and argnums=0, "
+                    f"got cross_args={type_name(cross_args)} and argnums={argnums}."
                 )
-            gradient, inner = aggregator.update(jacobian, inner, params, **extra)
-            return values, gradient, inner
+            step = whole_by_products if by_products else whole
+            if every == 1:
+                values, gradient, inner = step(state.aggregator)
+                return (values, gradient), AggregatedGradState((), inner)
+            # A conditional takes one branch: the Jacobian is not computed in between.
+            count = jnp.asarray(state.count)
+            values, gradient, inner = lax.cond(count == 0, step, backward, state.aggregator)
+            return (values, gradient), AggregatedGradState((count + 1) % every, inner)
 
-        def whole_by_products(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
-            values, gramian, pullback = gramian_fn(*args, **kwargs)
-            losses = values[0] if has_aux else values
-            m = jax.tree.leaves(gramian)[0].shape[0]
-            rest = (m, inner, {"losses": losses})
-            if labels is None:
-                weights, inner, _ = weigh(weighting, num_tasks, lambda: gramian, *rest)
-            else:
-                names = sorted(gramian)
-                weights, inner, _ = weigh_groups(
-                    weighting, num_tasks, gramian.__getitem__, names, *rest
-                )
-                weights = dict(zip(names, weights, strict=True))
-            return values, pullback(weights), inner
+        apply.through = through  # type: ignore[attr-defined]
+        return AggregatedGrad(init, apply)
 
-        def backward(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
-            groups = Groups.of(labels, params)
-            losses, aux, _, pullback = pull_weights(losses_of, chosen, single, has_aux, groups)
-            weights = inner.weights
-            if labels is not None:
-                weights = dict(zip(groups.names, weights, strict=True))
-            return ((losses, aux) if has_aux else losses), pullback(weights), inner
-
-        if reads_pair and (cross_args is None or argnums != 0):
-            raise ValueError(
-                "A weighting of two batches needs `cross_args=(args1, args2)` and argnums=0, got "
-                f"cross_args={type_name(cross_args)} and argnums={argnums}."
-            )
-        step = whole_by_products if by_products else whole
-        if every == 1:
-            values, gradient, inner = step(state.aggregator)
-            return (values, gradient), AggregatedGradState((), inner)
-        # A conditional takes one branch: the Jacobian is not computed in between.
-        count = jnp.asarray(state.count)
-        values, gradient, inner = lax.cond(count == 0, step, backward, state.aggregator)
-        return (values, gradient), AggregatedGradState((count + 1) % every, inner)
-
-    return AggregatedGrad(init, apply)
+    return through(lambda engine: engine)
 
 
 def _check_gramian_weighting(weighting: Any) -> None:

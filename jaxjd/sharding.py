@@ -7,7 +7,7 @@ Jacobian is that of its own losses and of its own shards. `parallel` makes the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,10 +28,10 @@ AxisNames = str | Sequence[str]
 
 
 def parallel(
-    engine: Callable[..., tuple[Any, Any]],
+    engine: Any,
     axis_name: AxisNames,
     param_specs: PyTree | None = None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> Any:
     r"""Makes an engine return the losses and the Jacobian of all devices together.
 
     With :math:`\ell^d(\theta)` the losses that the function of the engine returns on device `d`,
@@ -51,7 +51,8 @@ def parallel(
     Args:
       engine: What `jaxjd.value_and_jacobian` or `jaxjd.mtl_value_and_jacobian` returned. It tells
         which arguments it differentiates and whether it has auxiliary output; a function around it
-        does with ``functools.wraps(engine)``, as `jax.jit` does.
+        does with ``functools.wraps(engine)``, as `jax.jit` does. Or what
+        `jaxjd.aggregated_value_and_grad` returned.
       axis_name: The mesh axis, or axes, over which the batch is split.
       param_specs: How the differentiated parameters are split, a pytree of
         `jax.sharding.PartitionSpec` as ``in_specs`` of `jax.shard_map` has it, or a prefix of it;
@@ -59,8 +60,10 @@ def parallel(
         differentiated, and for trunk and heads.
 
     Returns:
-      A function of the engine's arguments that returns the same as the engine, with the mean of the
-      losses over all devices, and the Jacobian of this mean. `aux` stays that of the device. A leaf
+      A pair ``(init, apply)`` for such a pair: the losses and the gradient are those of the mean of
+      the losses over all devices, and the weights are alike on all of them. Else a function of the
+      engine's arguments that returns the same as the engine, with the mean of the losses over all
+      devices, and the Jacobian of this mean. `aux` stays that of the device. A leaf
       of a parameter that is split is the device's shard and is marked as `sharded` marks it. A
       factored leaf that is averaged either stays factored, with the rows of all devices gathered,
       or becomes dense, whichever is cheaper (see `pmean_jacobian`).
@@ -84,6 +87,8 @@ def parallel(
       [[448. 494.]
        [  7.   8.]]
     """
+    if through := getattr(getattr(engine, "apply", None), "through", None):
+        return through(lambda inner: parallel(inner, axis_name, param_specs))
     names = _names(axis_name)
 
     def parallel_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -177,3 +177,61 @@ def test_the_gradient_is_one_for_optax_and_flax():
         state, aggregated, _ = step(state, aggregated, BATCHES[0])
     moved = jax.tree.map(lambda new, old: new - old, state.params, PARAMS)
     assert float(optax.tree.norm(moved)) == pytest.approx(0.1, rel=1e-5)
+
+
+def loss_of_two_batches(params, pair, factor):
+    """A loss for each of two batches of different sizes."""
+    return [factor * losses_fn(params, x).mean() for x in pair]
+
+
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_microbatches_are_one_large_batch(every):
+    pair = (gaussian(9, 24, 4), gaussian(10, 8, 4))
+
+    @jax.jit
+    def run(pair):
+        found = []
+        for parts in (1, 4):
+            init, apply = jaxjd.aggregated_value_and_grad(
+                loss_of_two_batches, W.upgrad(), num_tasks=2, every=every, microbatches=parts
+            )
+            state = init(PARAMS)
+            for _ in range(every):  # Of the last call.
+                values, state = apply(state, PARAMS, pair, 2.0)
+            found.append((values, state))
+        return found
+
+    whole, parts = run(pair)
+    chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_microbatches_are_summed_wide_and_cut_evenly():
+    """Sums of many parts in bfloat16 would stay at 256; auxiliary output is that of each part."""
+    fn = lambda w, x: (jnp.stack([(w[0] * x).sum(), w[0] * x.mean()]), x)
+    init, apply = jaxjd.aggregated_value_and_grad(
+        fn, W.sum(), has_aux=True, microbatches=512, form="dense"
+    )
+    w, x = jnp.ones(1, jnp.bfloat16), jnp.ones((1024, 1), jnp.bfloat16)
+    ((losses, aux), gradient), _ = apply(init(w), w, x)
+    np.testing.assert_array_equal(losses, jnp.array([2, 1], jnp.bfloat16))
+    np.testing.assert_array_equal(gradient, jnp.array([3], jnp.bfloat16))
+    assert aux.shape == (512, 2, 1)
+    init, apply = jaxjd.aggregated_value_and_grad(fn, W.sum(), has_aux=True, microbatches=2)
+    ((_, aux), _), _ = apply(init(w), w, jnp.arange(4.0)[:, None])
+    np.testing.assert_array_equal(aux[..., 0], [[0, 2], [1, 3]])
+
+
+def test_microbatches_bound_the_activations():
+    params, x = [jnp.ones((32, 32))] * 4, jnp.ones((4096, 32))
+
+    def losses(params, x):
+        for kernel in params:
+            x = jnp.tanh(x @ kernel)
+        return [x[:, 0].mean(), (x**2).mean()]
+
+    def temporaries(parts):
+        init, apply = jaxjd.aggregated_value_and_grad(losses, W.mean(), microbatches=parts)
+        step = lambda params, x: apply(init(params), params, x)
+        return jax.jit(step).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16) < 0.5 * temporaries(1)

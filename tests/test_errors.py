@@ -1118,6 +1118,35 @@ ENGINES = [
         "`labels` and `every` are for a weighting",
     ),
     case(
+        "aggregated_value_and_grad: no microbatches",
+        lambda: jaxjd.aggregated_value_and_grad(jnp.sum, UPGRAD, microbatches=0),
+        "`microbatches` must be >= 1",
+    ),
+    case(
+        "aggregated_value_and_grad: microbatches of a batch that they do not divide",
+        lambda: trace(
+            jaxjd.aggregated_value_and_grad(lambda w, x: w * x, UPGRAD, microbatches=2).apply,
+            jaxjd.AggregatedGradState((), jaxjd.AggregatorState((), ())),
+            jnp.ones(3),
+            jnp.ones(3),
+        ),
+        "expected a first axis that `microbatches`=2 divides",
+    ),
+    case(
+        "aggregated_value_and_grad: microbatches without a batch",
+        lambda: trace(
+            jaxjd.aggregated_value_and_grad(lambda w: w, UPGRAD, microbatches=2).apply,
+            jaxjd.AggregatedGradState((), jaxjd.AggregatorState((), ())),
+            jnp.ones(3),
+        ),
+        "needs arguments with a batch axis",
+    ),
+    case(
+        "aggregated_value_and_grad: microbatches by products",
+        lambda: jaxjd.aggregated_value_and_grad(jnp.sum, UPGRAD, microbatches=2, form="products"),
+        "takes a batch whole",
+    ),
+    case(
         "aggregated_value_and_grad: one batch for a weighting of two",
         lambda: trace(
             jaxjd.aggregated_value_and_grad(lambda p: p["c"], weightings.modo(), num_tasks=3).apply,

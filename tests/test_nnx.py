@@ -424,3 +424,35 @@ def test_the_core_takes_models_of_parameters_only():
     np.testing.assert_array_equal(jacobian.bias[...], jnp.eye(2))
     _, jacobian = jaxjd.value_and_jacobian(lambda state: state["bias"][...])(nnx.state(model))
     np.testing.assert_array_equal(jacobian["bias"][...], jnp.eye(2))
+
+
+@pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_one_gradient_trains_as_the_plain_one_does(every):
+    """With equal weights it is `nnx.value_and_grad` of the mean, statistics and keys included."""
+    init, apply = engines.aggregated_value_and_grad(
+        losses_of, jaxjd.weightings.mean(), num_tasks=2, every=every
+    )
+    model, plain = Net(), Net()
+    optimizer, plain_optimizer = optimizer_of(model), optimizer_of(plain)
+
+    @nnx.jit
+    def step(model, optimizer, state, x, targets):
+        (losses, gradient), state = apply(state, model, x, targets)
+        assert type(gradient) is nnx.State
+        optimizer.update(model, gradient)
+        return losses.mean(), state
+
+    expected_step, state = nnx.jit(plain_step), init(model)
+    for _ in range(4):
+        value, state = step(model, optimizer, state, X, TARGETS)
+        expected = expected_step(plain, plain_optimizer, X, TARGETS)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        states = [jax.tree.leaves(nnx.state(each, nnx.Not(nnx.RngKey))) for each in (model, plain)]
+        chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-6)
+
+
+def test_one_gradient_refuses_what_calls_twice():
+    for arguments in ({"microbatches": 2}, {}):
+        weighting = jaxjd.weightings.upgrad() if arguments else jaxjd.weightings.modo()
+        with pytest.raises(ValueError, match="A call of a function of modules changes them once"):
+            engines.aggregated_value_and_grad(losses_of, weighting, num_tasks=2, **arguments)

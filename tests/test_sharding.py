@@ -649,3 +649,31 @@ def test_two_processes(tmp_path):
             for kind in ("jit", "shard_map"):
                 for number, leaf in enumerate(wanted):
                     np.testing.assert_allclose(found[f"{kind}{number}"], leaf, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("every", "microbatches"),
+    [
+        (1, 1),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_one_gradient_of_all_devices(every, microbatches):
+    """`parallel` of losses to a gradient in one call: that of the whole batch."""
+    plain = jaxjd.aggregated_value_and_grad(
+        losses_fn, weightings.upgrad(), num_tasks=M, every=every
+    )
+    front = jaxjd.aggregated_value_and_grad(
+        losses_fn, weightings.upgrad(), num_tasks=M, every=every, microbatches=microbatches
+    )
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    init, apply = sharding.parallel(front, "data")
+    specs = (P(), P(), P("data"), P("data"))
+    step = jax.jit(jax.shard_map(apply, mesh=mesh, in_specs=specs, out_specs=P()))
+    whole = jax.jit(plain.apply)
+    state, expected_state = init(PARAMS), plain.init(PARAMS)
+    for _ in range(every):
+        found, state = step(state, PARAMS, X[0], Y[0])
+        expected, expected_state = whole(expected_state, PARAMS, X[0], Y[0])
+        chex.assert_trees_all_close((found, state), (expected, expected_state), **CLOSE)

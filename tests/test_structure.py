@@ -30,7 +30,7 @@ BELOW = {
     "labels": {"base", "checks"},
     "grouping": {"aggregators", "weightings", "labels", "linalg", "base", "checks"},
     "transforms": {"grouping", "aggregators", "weightings", "linalg", "base", "checks"},
-    "integrations": {"autodiff", "transforms", "base", "checks"},
+    "integrations": {"aggregated", "autodiff", "transforms", "base", "checks"},
     "aggregated": {"grouping", "aggregators", "autodiff", "base", "checks"},
     "autodiff": {"labels", "linalg", "base", "checks"},
     "diagnostics": {"autodiff", "linalg", "base", "checks"},

@@ -6,6 +6,7 @@ from jaxjd.autodiff._clipped import (
 from jaxjd.autodiff._gramian import value_and_gramian as value_and_gramian
 from jaxjd.autodiff._jacobian import stack_tasks as stack_tasks
 from jaxjd.autodiff._jacobian import value_and_jacobian as value_and_jacobian
+from jaxjd.autodiff._microbatches import in_microbatches as in_microbatches
 from jaxjd.autodiff._mtl import mtl_value_and_gramian as mtl_value_and_gramian
 from jaxjd.autodiff._mtl import mtl_value_and_jacobian as mtl_value_and_jacobian
 from jaxjd.autodiff._per_example import (
@@ -19,6 +20,7 @@ from jaxjd.autodiff._per_task import per_task_value_and_jacobian as per_task_val
 from jaxjd.autodiff._tapped import plan_jacobian as plan_jacobian
 
 __all__ = [
+    "in_microbatches",
     "mtl_value_and_gramian",
     "mtl_value_and_jacobian",
     "per_example_value_and_clipped_grad",

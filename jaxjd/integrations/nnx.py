@@ -18,14 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from flax import nnx
 
-from jaxjd import autodiff
+from jaxjd import aggregated, autodiff
+from jaxjd.aggregated import AggregatedGrad, AggregatedGradState
 from jaxjd.autodiff._tasks import check_pair
-from jaxjd.base import Gramian, Jacobian, PyTree
+from jaxjd.base import CrossGramianWeighting, Gramian, Jacobian, PyTree, Weighting
 from jaxjd.checks import argument_number, check_function, path_name
 
 __all__ = [
+    "aggregated_value_and_grad",
     "value_and_jacobian",
     "value_and_gramian",
     "mtl_value_and_jacobian",
@@ -38,6 +41,93 @@ __all__ = [
 Heads = Callable[..., Any] | Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 Pullback = Callable[[Any], PyTree]
 Argnums = int | nnx.DiffState | Sequence[int | nnx.DiffState]
+
+
+def aggregated_value_and_grad(
+    fn: Callable[..., Any],
+    weighting: Weighting | optax.GradientTransformation,
+    *,
+    num_tasks: int | None = None,
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    **options: Any,
+) -> AggregatedGrad:
+    """As `nnx.value_and_grad`, for many losses: one gradient that resolves their conflicts.
+
+    It is `jaxjd.aggregated_value_and_grad` for a function of modules.
+
+    Args:
+      fn: As for `value_and_jacobian`.
+      weighting: As for `jaxjd.aggregated_value_and_grad`, as all that follows but `wrt`. Those of
+        two batches are not taken: a call changes the model once.
+      num_tasks: The number of losses.
+      argnums: As for `value_and_jacobian`.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      wrt: As for `value_and_jacobian`.
+      **options: `labels` of the differentiated variables, `form`, `chunk_size` and `every`.
+
+    Returns:
+      A pair ``(init, apply)``: ``state = init(*args)`` with the positional arguments of `fn` as far
+      as they are differentiated, and ``(losses, gradient), state = apply(state, *args, **kwargs)``,
+      with ``(losses, aux)`` in the place of the losses if `has_aux`. `gradient` is what
+      `nnx.value_and_grad` returns, for ``optimizer.update(model, gradient)``.
+
+    Raises:
+      ValueError: As for `jaxjd.aggregated_value_and_grad` and `value_and_jacobian`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxjd
+      >>> from flax import nnx
+      >>> from jaxjd.integrations.nnx import aggregated_value_and_grad
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+      ... )
+      >>> optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+      >>> def losses_fn(model, x):
+      ...     return jnp.mean((model(x) - 1.0) ** 2, axis=0)
+      >>> init, apply = aggregated_value_and_grad(losses_fn, jaxjd.weightings.upgrad())
+      >>> @nnx.jit
+      ... def step(model, optimizer, state, x):
+      ...     (losses, gradient), state = apply(state, model, x)
+      ...     optimizer.update(model, gradient)
+      ...     return losses, state
+      >>> losses, state = step(model, optimizer, init(model), jnp.eye(3))
+      >>> losses.shape, bool(jnp.all(model.layers[1].mean[...] != 0))
+      ((2,), True)
+    """
+    make = functools.partial(
+        aggregated.aggregated_value_and_grad, weighting=weighting, num_tasks=num_tasks
+    )
+    if "microbatches" in options or isinstance(weighting, CrossGramianWeighting):
+        raise ValueError(
+            "A call of a function of modules changes them once: no `microbatches` and no weighting "
+            "of two batches. Split the model with nnx.split for jaxjd.aggregated_value_and_grad."
+        )
+    states, single = _states(lambda fn, **given: make(fn, **given), fn, argnums, wrt, options)
+
+    def init(*args: Any) -> AggregatedGradState:
+        with contextlib.ExitStack() as contexts:
+            chosen = _Call(fn, has_aux, args, {}, states, contexts).chosen
+        return make(fn, **options).init(chosen[0] if single else chosen)
+
+    def apply(
+        state: AggregatedGradState, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, PyTree], AggregatedGradState]:
+        def engine(losses_of: Callable[..., Any], **given: Any) -> Callable[..., tuple]:
+            def pure(*chosen: PyTree) -> tuple:
+                (values, gradient), after = make(losses_of, **given).apply(state, *chosen)
+                return values, gradient, after
+
+            return pure
+
+        run = _engine(engine, fn, argnums, has_aux, wrt, options)
+        values, wrap, gradient, after = run(args, kwargs)
+        return (values, wrap(gradient)), after
+
+    return AggregatedGrad(init, apply)
 
 
 def value_and_jacobian(

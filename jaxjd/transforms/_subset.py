@@ -239,7 +239,7 @@ def _initial(state_of: Callable[[jax.Array], PyTree], m: int, k: int) -> PyTree:
         # The rest is counts and keys, and keys of tasks differ within one state only.
         leaves = [
             _put_leaf(leaf, new, own, tasks)
-            if own and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if own and jnp.issubdtype(leaf.dtype, jnp.inexact)
             else leaf
             for leaf, new, own in zip(leaves, part, axes, strict=True)
         ]
