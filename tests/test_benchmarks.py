@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.benchmarks import compile_time, shapes, steps
-from tests.benchmarks.step_cases import CASES, make_numbers
+from tests.benchmarks.step_cases import CASES, SHAPES, make_numbers
 from tests.benchmarks.step_jax import Variant
 
 
@@ -46,6 +46,14 @@ def test_a_shape_is_measured(kind, tmp_path):
     for key in ("plain_ms", "ours", "every", "jacrev", "temporaries", "compile_s"):
         assert line[key] > 0
     assert picture.read_bytes().startswith(b"<?xml")
+
+
+def test_the_tables_of_the_pages_are_the_results():
+    path = shapes.ROOT / "tests" / "benchmarks" / "results" / "shapes.json"
+    lines = json.loads(path.read_text())["lines"]
+    assert [line["case"] for line in lines] == list(SHAPES)
+    for page, short in shapes.PAGES.items():
+        assert f"{shapes.START}\n{shapes.table(lines, short)}\n{shapes.END}" in page.read_text()
 
 
 def test_variants_that_disagree_are_not_timed():

@@ -3,7 +3,7 @@
 Run with TorchJD 0.18.0 installed, or without for ours only::
 
     python -m pip install torch==2.13.0 torchjd==0.18.0 quadprog qpsolvers matplotlib
-    python -m tests.benchmarks.shapes --json shapes.json --plot shapes.svg
+    python -m tests.benchmarks.shapes --json shapes.json --plot shapes.svg  # --write: the pages
 
 For each shape: `jaxjd.aggregated_value_and_grad` with UPGrad over all parameters, and the same with
 ``every=10``, beside the plain gradient of the mean of the losses, ``jax.jacrev`` of them, and
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,10 @@ TARGETS = {
     "mlp-2": 1.7,
     "mlp-32-losses": 15.4,
 }
-EVERY_TARGET, TEMPORARIES_TARGET = 1.3, 2.0
+ROOT = Path(__file__).parents[2]
+PAGES = {ROOT / "README.md": True, ROOT / "docs" / "performance.md": False}
+"""Where the tables are, and which is the short one."""
+START, END = "<!-- start shapes -->", "<!-- end shapes -->"
 
 
 def summary(rows: Sequence[steps.Row]) -> dict[str, Any]:
@@ -88,37 +91,37 @@ def summary(rows: Sequence[steps.Row]) -> dict[str, Any]:
     return line
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a Markdown table."""
-    header = (
-        "shape",
-        "plain step, ms",
-        "`aggregated_value_and_grad`",
-        "wanted",
-        "`every=10`",
-        "`jax.jacrev`",
-        "temporaries",
-        "TorchJD's best, ms",
-        "ours, ms",
-    )
-    rows = [header, ("---", *["---:"] * (len(header) - 1))]
-    for line in lines:
-        peer = f"{line['torchjd_ms']:.1f} ({line['torchjd']})" if "torchjd" in line else ""
-        wanted = "" if line["target"] is None else f"{line['target']:g}"
-        rows.append(
-            (
-                NAMES.get(line["case"], line["case"]),
-                f"{line['plain_ms']:.1f}",
-                f"{line['ours']:.2f}",
-                wanted,
-                f"{line['every']:.2f}",
-                f"{line['jacrev']:.1f}",
-                f"{line['temporaries']:.1f}",
-                peer,
-                f"{line['ours_ms']:.1f}",
-            )
-        )
+def table(lines: Sequence[dict[str, Any]], short: bool = False) -> str:
+    """The lines as a Markdown table; the short one is README's."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "shape": lambda line: NAMES.get(line["case"], line["case"]),
+        "plain step, ms": lambda line: f"{line['plain_ms']:.1f}",
+        "in plain steps": lambda line: f"{line['ours']:.2f}",
+        "wanted": lambda line: "" if line["target"] is None else f"{line['target']:g}",
+        "`every=10`": lambda line: f"{line['every']:.2f}",
+        "`jax.jacrev`": lambda line: f"{line['jacrev']:.1f}",
+        "memory": lambda line: f"{line['temporaries']:.1f}",
+        "ms": lambda line: f"{line['ours_ms']:.1f}",
+        "TorchJD's best, ms": lambda line: (
+            f"{line['torchjd_ms']:.1f} ({line['torchjd']})" if "torchjd" in line else ""
+        ),
+        "TorchJD's time / ours": lambda line: f"{line['speedup']:.1f}" if "speedup" in line else "",
+    }
+    if short:
+        for name in ("plain step, ms", "wanted", "ms", "TorchJD's best, ms"):
+            del columns[name]
+    rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
+    rows += [[cell(line) for cell in columns.values()] for line in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write(lines: Sequence[dict[str, Any]]) -> None:
+    """Puts the tables where the pages have marks for them."""
+    for page, short in PAGES.items():
+        text = page.read_text()
+        before, _, rest = text.partition(START)
+        _, _, after = rest.partition(END)
+        page.write_text(f"{before}{START}\n{table(lines, short)}\n{END}{after}")
 
 
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -159,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-torch", action="store_true", help="ours only")
     parser.add_argument("--from-json", type=Path, help="print and draw what was measured")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--write", action="store_true", help="the tables of README and the guide")
     parser.add_argument("--plot", type=Path, help="where to draw them")
     arguments = parser.parse_args(argv)
     if arguments.from_json:
@@ -175,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 result["rows"] += rows
                 result["lines"].append(summary(rows))
     print("\n" + table(result["lines"]))
+    if arguments.write:
+        write(result["lines"])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.plot:
