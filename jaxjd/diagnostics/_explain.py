@@ -156,7 +156,7 @@ class Share(NamedTuple):
 
 
 class ProgramCost(NamedTuple):
-    """What a program costs, or the ratio of two costs; None where a figure is not known or there is no ratio.
+    """What a program costs, or the ratio of two costs; None where a figure is not known.
 
     Attributes:
       multiplications: Those of products and convolutions in the jaxpr. A scan is counted with all
