@@ -160,3 +160,18 @@ def test_many_losses_are_one_line():
     (line,) = [line for line in str(report).splitlines() if "0 to 63" in line]
     assert line.startswith("each of 0 to 63 ")
     assert line.endswith("once")
+
+
+def test_products_in_conditionals_make_it_pay_to_take_losses_apart():
+    def losses(kernel, xs):
+        branches = (lambda x: jnp.tanh(x @ kernel), lambda x: x @ kernel)
+        return [jnp.mean(lax.cond(x[0, 0] > 0, *branches, x) ** 2) for x in xs]
+
+    args = jnp.eye(WIDTH), [jnp.full((N, WIDTH), sign) for sign in (1.0, -0.5, 0.25)]
+    shares = traced(losses, *args).shares
+    own = [share for share in shares if len(share.losses) == 1]
+    assert [share.multiplications for share in own] == [N * WIDTH * WIDTH] * 3
+    assert [share.passes for share in own] == [1, 1, 1]
+    jacobian = jaxjd.value_and_jacobian(losses, form="auto")(*args)[1]
+    wanted = jnp.stack(jax.jacrev(losses)(*args))
+    assert jnp.allclose(jaxjd.materialize(jacobian), wanted, rtol=1e-5, atol=1e-6)
