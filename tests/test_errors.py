@@ -1358,11 +1358,20 @@ ENGINES = [
             ("a vector", jnp.ones(2), "a scalar", r"float32\[2\]"),
         )
     ),
+    *(
+        case(
+            f"form of an explanation: {explain.__name__}",
+            lambda explain=explain: explain(norms, PARAMS, form="sparse"),
+            "`form`",
+            "got 'sparse'",
+        )
+        for explain in (jaxjd.diagnostics.explain_jacobian, jaxjd.diagnostics.explain_step)
+    ),
     case(
-        "form of an explanation",
-        lambda: jaxjd.diagnostics.explain_jacobian(norms, PARAMS, form="sparse"),
-        "`form`",
-        "got 'sparse'",
+        "explanation of a step that is no function",
+        lambda: jaxjd.diagnostics.explain_step(norms, PARAMS, step=3),
+        "`step` must be a function",
+        "got int",
     ),
     case(
         "stack_tasks of another structure",
@@ -2025,6 +2034,7 @@ STATES = [
                 "fn",
                 lambda f: jaxjd.diagnostics.explain_jacobian(f, PARAMS),
             ),
+            ("explain_step", "fn", lambda f: jaxjd.diagnostics.explain_step(f, PARAMS)),
         )
     ),
     *(

@@ -125,6 +125,35 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
     return Program(constvars, list(closed.jaxpr.invars), outvars, equations), consts
 
 
+def multiplications(equation: Any) -> int:
+    """The multiplications of an equation's products and convolutions.
+
+    Those of a scan are counted as often as it runs them, those of a `while` loop once, and of a
+    conditional the branch with most of them.
+    """
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return math.prod(shape[axis] for axis in contract) * equation.outvars[0].aval.size
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(kernel) // max(outputs, 1) * equation.outvars[0].aval.size
+    if name == "cond":
+        return max(map(total_multiplications, params["branches"]))
+    inner = [value for value in params.values() if hasattr(getattr(value, "jaxpr", value), "eqns")]
+    times = params["length"] if name == "scan" else 1
+    return times * sum(map(total_multiplications, inner))
+
+
+def total_multiplications(jaxpr: Any) -> int:
+    """The multiplications of everything in a jaxpr, closed or open, that an output depends on."""
+    if hasattr(jaxpr, "consts"):
+        jaxpr, _ = inline(jaxpr)
+    return sum(multiplications(jaxpr.eqns[number]) for number in live(jaxpr))
+
+
 def variables(atoms: Sequence[Any]) -> list[Any]:
     """Leaves out literals."""
     return [atom for atom in atoms if not isinstance(atom, jex.Literal)]

@@ -11,7 +11,7 @@ wanted: it has one cotangent, the sum of theirs, and is pulled back once in ever
 from __future__ import annotations
 
 import functools
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from jaxjd.autodiff._owners import (
     Variable,
     along,
     differentiable,
+    multiplications,
     operand_parts,
     owners_of,
     variables,
@@ -41,6 +42,7 @@ from jaxjd.autodiff._taps import (
     find,
     is_explicit,
     is_view,
+    live,
     prune,
 )
 from jaxjd.autodiff._tasks import map_in_chunks, vary_like
@@ -166,6 +168,7 @@ def cut(
             roots[atom] = Owners(tuple(sorted({*other.all, *tasks}))) if other else owners
     made = {var: equation for equation in program.eqns for var in equation.outvars}
     owners, equations = owners_of(program, wanted, roots, made)
+    wanted, roots, made, owners, equations = _owned(program, num_params, losses, sizes)
 
     # A view of a parameter belongs to whichever part needs it: there it can be undone.
     params = set(program.invars[:num_params])
@@ -199,6 +202,54 @@ def cut(
     builder = _Builder(program, wanted, params, views, owners, equations, made, summed)
     parts = [builder.build(own, tasks) for own, tasks in zip(numbers, order, strict=True) if own]
     return Cut(program, parts, before, owners, made, summed)
+
+
+def _owned(
+    program: Program, num_params: int, losses: Sequence[Any], sizes: Sequence[int]
+) -> tuple[set[Any], dict[Any, Owners], dict[Any, Any], dict[Any, Owners], dict[int, Owners]]:
+    """What is differentiated, the losses among it, what makes each variable, and the owners."""
+    wanted = differentiable(program, num_params)
+    roots: dict[Any, Owners] = {}
+    for atom, tasks in _numbered(losses, sizes):
+        if not isinstance(atom, jex.Literal) and atom in wanted:
+            owners = along(0, tasks) if len(atom.aval.shape) == 1 else Owners(tasks)
+            other = roots.get(atom)
+            roots[atom] = Owners(tuple(sorted({*other.all, *tasks}))) if other else owners
+    made = {var: equation for equation in program.eqns for var in equation.outvars}
+    return wanted, roots, made, *owners_of(program, wanted, roots, made)
+
+
+class Share(NamedTuple):
+    """What exactly the same losses depend on, of one forward pass.
+
+    Attributes:
+      losses: The losses; empty for what no gradient passes.
+      equations: How many equations of the jaxpr; one whose entries belong to different losses is
+        counted for each of them.
+      multiplications: Those of their products and convolutions.
+    """
+
+    losses: Tasks
+    equations: int
+    multiplications: int
+
+
+def shares(program: Program, num_params: int, num_losses: int) -> list[Share]:
+    """What losses share and what they own, from what most of them share on."""
+    atoms = program.outvars[:num_losses]
+    *_, equations = _owned(program, num_params, atoms, [atom.aval.size for atom in atoms])
+    found: dict[Tasks, tuple[int, int]] = {}
+    for number in sorted(live(program)):
+        owners = equations.get(number, Owners(()))
+        # Entries along an axis have the same number of multiplications each.
+        along_axis = ((task,) if task >= 0 else () for task in owners.tasks)
+        sets = Counter([owners.all] if owners.axis is None else along_axis)
+        work = multiplications(program.eqns[number]) // sets.total()
+        for tasks, entries in sets.items():
+            count, total = found.get(tasks, (0, 0))
+            found[tasks] = (count + 1, total + entries * work)
+    order = sorted(found, key=lambda tasks: (-len(tasks), tasks))
+    return [Share(tasks, *found[tasks]) for tasks in order]
 
 
 def _only(task: int | None) -> Tasks:
@@ -422,27 +473,10 @@ def pays(found: Cut, num_params: int, m: int) -> bool:
         shared = {probe.number for probe in part.probes if probe.source not in params}
         share = len(part.tasks) / m if part.tasks else 1 / m
         for number, equation in enumerate(part.program.eqns):
-            work = _work(equation)
+            work = multiplications(equation)
             total += work
             saved += 0 if number in shared else (1 - share) * work
     return saved > total / 100
-
-
-def _work(equation: Any) -> float:
-    """The multiplications of an equation's products."""
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contract, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        size = math.prod(shape[axis] for axis in contract)
-        return float(size * math.prod(equation.outvars[0].aval.shape))
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(kernel) / outputs * math.prod(equation.outvars[0].aval.shape)
-    inner = [getattr(value, "jaxpr", value) for value in params.values()]
-    work = sum(_work(part) for jaxpr in inner for part in getattr(jaxpr, "eqns", ()))
-    return work * params.get("length", 1) if name == "scan" else work
 
 
 class Use(NamedTuple):

@@ -192,6 +192,24 @@ def split(
     return Split(traced, taps, choices, prune(taps.plan, tapped), rest)
 
 
+class JacobianPlan(NamedTuple):
+    """What an engine does.
+
+    Attributes:
+      choices: The form of every leaf.
+      sites: The layers that were found, by the number of the leaf.
+      num_tasks: The number of losses.
+      shares: What the losses share and own; empty for losses of examples.
+      is_cut: Whether what a loss owns is pulled back once in all.
+    """
+
+    choices: list[Choice]
+    sites: dict[int, Any]
+    num_tasks: int
+    shares: list[parts.Share]
+    is_cut: bool
+
+
 def plan_jacobian(
     fn: Callable[..., Any],
     params: PyTree,
@@ -199,8 +217,8 @@ def plan_jacobian(
     has_aux: bool = False,
     form: str = "auto",
     per_example: bool = False,
-) -> tuple[list[Choice], dict[int, Any], int]:
-    """Returns the form of every leaf, the layers that were found, and the number of tasks."""
+) -> JacobianPlan:
+    """Tells what an engine would do with these arguments."""
     check_function("fn", fn)
     check_form(form)
     check_differentiable(params)
@@ -210,14 +228,18 @@ def plan_jacobian(
     traced = trace(fn, (params, *args), has_aux)
     num_params = len(jax.tree.leaves(params))
     m = traced.num_tasks if size is None else size
+    shares: list[parts.Share] = []
     if size is None:
-        cut = parts.cut_losses(inline(traced.jaxpr)[0], num_params, traced.num_losses)
+        program, _ = inline(traced.jaxpr)
+        shares = parts.shares(program, num_params, traced.num_losses)
+        cut = parts.cut_losses(program, num_params, traced.num_losses)
         if cut is not None:
             pairs = [_joined(uses, m) for uses in parts.uses(cut, num_params, form)]
             sites = {number: site for number, (_, site) in enumerate(pairs) if site is not None}
-            return [choice for choice, _ in pairs], sites, m
+            choices = [choice for choice, _ in pairs]
+            return JacobianPlan(choices, sites, m, shares, form != "dense")
     whole = split(traced, num_params, m, form, per_task=per_example)
-    return whole.choices, whole.taps.sites, m
+    return JacobianPlan(whole.choices, whole.taps.sites, m, shares, False)
 
 
 def _joined(uses: Sequence[parts.Use], m: int) -> tuple[Choice, Any]:

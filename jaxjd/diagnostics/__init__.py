@@ -6,7 +6,11 @@ from jaxjd.diagnostics._conflict import conflict_count as conflict_count
 from jaxjd.diagnostics._conflict import conflict_rate as conflict_rate
 from jaxjd.diagnostics._conflict import cosine_matrix as cosine_matrix
 from jaxjd.diagnostics._explain import LeafReport as LeafReport
+from jaxjd.diagnostics._explain import ProgramCost as ProgramCost
+from jaxjd.diagnostics._explain import Share as Share
+from jaxjd.diagnostics._explain import StepReport as StepReport
 from jaxjd.diagnostics._explain import explain_jacobian as explain_jacobian
+from jaxjd.diagnostics._explain import explain_step as explain_step
 from jaxjd.diagnostics._hypervolume import hypervolume as hypervolume
 from jaxjd.diagnostics._monitored import MonitoredState as MonitoredState
 from jaxjd.diagnostics._monitored import monitored as monitored
@@ -24,11 +28,15 @@ from jaxjd.diagnostics._stationarity import stationarity_gap as stationarity_gap
 __all__ = [
     "LeafReport",
     "MonitoredState",
+    "ProgramCost",
+    "Share",
+    "StepReport",
     "conflict_count",
     "conflict_rate",
     "cosine_matrix",
     "effective_rank",
     "explain_jacobian",
+    "explain_step",
     "hypervolume",
     "monitored",
     "plot_conflict",

@@ -1,15 +1,16 @@
-"""Which form every leaf of a Jacobian takes, and what it costs."""
+"""What a step costs, what its losses share, and which form every leaf of the Jacobian takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxjd.autodiff import plan_jacobian
+from jaxjd.autodiff import JacobianPlan, plan_jacobian, total_multiplications, value_and_gramian
 from jaxjd.base import PyTree
-from jaxjd.checks import path_name
+from jaxjd.checks import check_function, path_name
 from jaxjd.linalg.costs import Sizes, dense_cost
 
 
@@ -94,7 +95,15 @@ def explain_jacobian(
       total                                           13.6M         2.1M
       chosen                                          2.39M         53.2K
     """
-    choices, sites, m = plan_jacobian(fn, params, args, has_aux, form, per_example)
+    plan = plan_jacobian(fn, params, args, has_aux, form, per_example)
+    reports = _leaves(plan, params, per_example)
+    if not quiet:
+        print(_leaf_table(reports))  # noqa: T201
+    return reports
+
+
+def _leaves(plan: JacobianPlan, params: PyTree, per_example: bool = False) -> list[LeafReport]:
+    choices, sites, m = plan.choices, plan.sites, plan.num_tasks
     reports = []
     for number, (path, leaf) in enumerate(jax.tree.leaves_with_path(params)):
         choice = choices[number]
@@ -116,12 +125,236 @@ def explain_jacobian(
                 factored_bytes=None if sizes is None else sizes.factor_entries * width,
             )
         )
-    if not quiet:
-        print(_table(reports))  # noqa: T201
     return reports
 
 
-def _table(reports: list[LeafReport]) -> str:
+class Share(NamedTuple):
+    """What exactly the same losses depend on, in one forward pass.
+
+    Attributes:
+      losses: The losses that share it, or the one that owns it; empty for what no gradient passes.
+      equations: How many equations of the function's jaxpr. One whose entries belong to different
+        losses, as under `jax.vmap`, is counted for each of them.
+      multiplications: Those of their products and convolutions, loops with all their rounds.
+      passes: How often a step pulls it back: once for each of the losses, if the engine found that
+        taking apart what they own pays; else once for each loss of the function.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> losses = lambda w, x: [jnp.sum(w * x), jnp.sum(w**2)]
+      >>> report = jaxjd.diagnostics.explain_step(
+      ...     losses, jnp.ones(3), jnp.ones(3), compile=False, quiet=True
+      ... )
+      >>> [share.losses for share in report.shares]
+      [(0,), (1,)]
+    """
+
+    losses: tuple[int, ...]
+    equations: int
+    multiplications: int
+    passes: int
+
+
+class ProgramCost(NamedTuple):
+    """What a program costs, or the ratio of two costs; None where a figure is not known.
+
+    Attributes:
+      multiplications: Those of products and convolutions in the jaxpr. A scan is counted with all
+        its rounds, a `while` loop with one, and a conditional with its larger branch.
+      flops: XLA's number of operations in the compiled program, which counts the body of every loop
+        once.
+      bytes: XLA's number of bytes that its operations read and write, with loops counted likewise.
+      temporaries: Bytes of memory besides arguments and results.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> report = jaxjd.diagnostics.explain_step(
+      ...     lambda w, x: (x @ w) ** 2, jnp.ones(3), jnp.ones((2, 3)), compile=False, quiet=True
+      ... )
+      >>> report.plain
+      ProgramCost(multiplications=12, flops=None, bytes=None, temporaries=None)
+    """
+
+    multiplications: float | None
+    flops: float | None
+    bytes: float | None
+    temporaries: float | None
+
+
+class StepReport(NamedTuple):
+    """What a step costs, and why. It prints as tables.
+
+    Attributes:
+      plain: The cost of the losses and the gradient of their sum.
+      step: The cost of the step.
+      shares: What the losses share and own, from what most of them share on.
+      leaves: A `LeafReport` for every leaf of the Jacobian.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxjd
+      >>> report = jaxjd.diagnostics.explain_step(
+      ...     lambda w, x: (x @ w) ** 2, jnp.ones(3), jnp.ones((2, 3)), quiet=True
+      ... )
+      >>> report.ratio.flops == report.step.flops / report.plain.flops
+      True
+    """
+
+    plain: ProgramCost
+    step: ProgramCost
+    shares: list[Share]
+    leaves: list[LeafReport]
+
+    @property
+    def ratio(self) -> ProgramCost:
+        """The cost of the step in units of the plain one's."""
+        pairs = zip(self.step, self.plain, strict=True)
+        return ProgramCost(*(a / b if a is not None and b else None for a, b in pairs))
+
+    def __str__(self) -> str:
+        return "\n\n".join([_cost_table(self), _share_table(self.shares), _leaf_table(self.leaves)])
+
+
+def explain_step(
+    fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    step: Callable[..., Any] | None = None,
+    has_aux: bool = False,
+    form: str = "auto",
+    compile: bool = True,  # noqa: A002
+    quiet: bool = False,
+) -> StepReport:
+    r"""Tells what a whole step costs, in units of the gradient of the sum of the losses, and why.
+
+    .. math:: \text{ratio} = \frac{\operatorname{cost}(\text{step})}
+        {\operatorname{cost}\bigl(\nabla \sum_i f_i\bigr)}
+
+    Both programs are compiled for the same device and the compiler is asked; nothing is computed,
+    and no clock is read. The compiler counts the body of a loop once, however often it runs, also
+    that of the solver of a weighting: where there are loops, as with `chunk_size`, read
+    `multiplications`, which are counted in the jaxpr.
+
+    Args:
+      fn: Returns the losses, as for `jaxjd.value_and_jacobian`.
+      params: Its first argument; it and the others may hold `jax.ShapeDtypeStruct` leaves, whose
+        shardings say what to compile for.
+      *args: Its other arguments.
+      step: The step, a function of the same arguments that `jax.jit` takes. By default
+        `jaxjd.value_and_gramian` with a combination of the gradients whose weights depend on the
+        Gramian and take no time. For a step of `jaxjd.aggregated_value_and_grad`, which returns
+        ``init`` and ``apply``, pass ``functools.partial(apply, init(params))``.
+      has_aux: Whether `fn` returns auxiliary output.
+      form: The form asked for, of the default step and for the leaves.
+      compile: Whether to compile. Without, only what is known from tracing is told.
+      quiet: Whether to print nothing.
+
+    Returns:
+      A `StepReport`, which is also printed.
+
+    Raises:
+      ValueError: As the engines do, and if `step` is no function.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, jaxjd
+      >>> def losses(params, x):
+      ...     features = jnp.tanh(x @ params["trunk"])
+      ...     return [jnp.mean((features @ head) ** 2) for head in params["heads"]]
+      >>> array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+      >>> params = {"trunk": array(64, 128), "heads": [array(128, 8)] * 2}
+      >>> init, apply = jaxjd.aggregated_value_and_grad(losses, jaxjd.weightings.sum())
+      >>> step = functools.partial(apply, init(params))
+      >>> report = jaxjd.diagnostics.explain_step(
+      ...     losses, params, array(32, 64), step=step, compile=False, quiet=True
+      ... )
+      >>> for share in report.shares:
+      ...     print(share.losses, share.multiplications, share.passes)
+      (0, 1) 262144 2
+      (0,) 32768 1
+      (1,) 32768 1
+    """
+    plan = plan_jacobian(fn, params, args, has_aux, form)
+    if step is not None:
+        check_function("step", step)
+
+    def arrays(aux: Any) -> list[Any]:
+        return [leaf for leaf in jax.tree.leaves(aux) if isinstance(leaf, jax.Array)]
+
+    def plain(params: PyTree, *args: Any) -> Any:
+        def total(params: PyTree) -> tuple[Any, Any]:
+            found = fn(params, *args)
+            losses, aux = found if has_aux else (found, None)
+            return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(losses)), (losses, arrays(aux))
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    def whole(params: PyTree, *args: Any) -> Any:
+        engine = value_and_gramian(fn, has_aux=has_aux, form=form)
+        values, gramian, pullback = engine(params, *args)
+        return arrays(values), pullback(1 + gramian.sum(axis=0) / gramian.sum())
+
+    passes = [
+        0 if not share.losses else len(share.losses) if plan.is_cut else plan.num_tasks
+        for share in plan.shares
+    ]
+    report = StepReport(
+        plain=_cost(plain, (params, *args), compile),
+        step=_cost(step or whole, (params, *args), compile),
+        shares=[Share(*pair[0], pair[1]) for pair in zip(plan.shares, passes, strict=True)],
+        leaves=_leaves(plan, params),
+    )
+    if not quiet:
+        print(report)  # noqa: T201
+    return report
+
+
+def _cost(fn: Callable[..., Any], args: tuple[Any, ...], compiled: bool) -> ProgramCost:
+    traced = jax.jit(fn).trace(*args)
+    multiplications = total_multiplications(traced.jaxpr)
+    if not compiled:
+        return ProgramCost(multiplications, None, None, None)
+    return ProgramCost(multiplications, *_figures(traced.lower().compile()))
+
+
+def _figures(program: Any) -> tuple[float | None, float | None, float | None]:
+    """What a compiled program tells of itself; no backend has to tell anything."""
+    analysis, memory = program.cost_analysis() or {}, program.memory_analysis()
+    found = (
+        analysis.get("flops"),
+        analysis.get("bytes accessed"),
+        getattr(memory, "temp_size_in_bytes", None),
+    )
+    flops, moved, held = (None if x is None or x < 0 else x for x in found)  # -1: not known.
+    return flops, moved, held
+
+
+def _cost_table(report: StepReport) -> str:
+    rows = [["program", *ProgramCost._fields]]
+    for name, cost in (("plain step", report.plain), ("this step", report.step)):
+        rows.append([name, *map(_short, cost)])
+    ratio = ["-" if figure is None else f"{figure:.2f}" for figure in report.ratio]
+    return _aligned([*rows, ["ratio", *ratio]])
+
+
+def _share_table(shares: Sequence[Share]) -> str:
+    rows = [["losses", "equations", "multiplications", "pulled back"]]
+    same: dict[Any, list[int]] = {}
+    for share in shares:  # What is alike is one line.
+        alone = share.losses if len(share.losses) == 1 else ()
+        same.setdefault((() if alone else share.losses, *share[1:]), []).extend(alone)
+    for (losses, equations, multiplications, passes), alone in same.items():
+        names = f"{'each of ' if len(alone) > 1 else ''}{_names(losses or alone)}" or "none"
+        often = f"{passes} times" if passes > 1 else "once" if passes else "never"
+        rows.append([names, str(equations), _short(multiplications), often])
+    return _aligned(rows)
+
+
+def _names(losses: Sequence[int]) -> str:
+    if len(losses) > 3 and losses[-1] - losses[0] == len(losses) - 1:
+        return f"{losses[0]} to {losses[-1]}"
+    return ", ".join(map(str, losses))
+
+
+def _leaf_table(reports: list[LeafReport]) -> str:
     header = ("leaf", "shape", "form", "layer", "why")
     rows = [[*header, "dense: flops", "bytes", "factored: flops", "bytes"]]
     for report in reports:
@@ -144,6 +377,10 @@ def _table(reports: list[LeafReport]) -> str:
     kept = (sum(flops for flops, _ in chosen), sum(size for _, size in chosen))
     for name, (flops, size) in (("total", dense), ("chosen", kept)):
         rows.append([name, "", "", "", "", _short(flops), _short(size), "", ""])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -151,7 +388,7 @@ def _table(reports: list[LeafReport]) -> str:
     )
 
 
-def _short(number: int | None) -> str:
+def _short(number: float | None) -> str:
     if number is None:
         return "-"
     size = float(number)
