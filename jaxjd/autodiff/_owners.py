@@ -13,8 +13,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import source_info_util
 
 from jaxjd.autodiff._taps import CALLS, constants_of, inner_of, live
@@ -94,7 +96,7 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
     consts = list(closed.consts)
     equations: list[Any] = []
 
-    def walk(jaxpr: Any, values: dict[Any, Any], names: Any) -> list[Any]:
+    def walk(jaxpr: Any, values: dict[Any, Any], names: Any, source: Any = None) -> list[Any]:
         def read(var: Any) -> Any:
             return var if isinstance(var, jex.Literal) else values.get(var, var)
 
@@ -103,7 +105,7 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
             if number not in alive:
                 continue
             operands = [read(var) for var in equation.invars]
-            info = equation.source_info
+            info = source or equation.source_info
             info = info.replace(name_stack=names + info.name_stack)
             if equation.primitive.name in CALLS:
                 inner = inner_of(equation)
@@ -116,6 +118,12 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
                     zip(equation.outvars, walk(inner, inside, info.name_stack), strict=True)
                 )
                 continue
+            if equation.primitive.name == "unstack":
+                inner = _slices(equation)
+                inside = dict(zip(inner.invars, operands, strict=True))
+                found = walk(inner, inside, source_info_util.NameStack(), info)
+                values.update(zip(equation.outvars, found, strict=True))
+                continue
             results = [Variable(var.aval) for var in equation.outvars]
             values.update(zip(equation.outvars, results, strict=True))
             equations.append(equation.replace(invars=operands, outvars=results, source_info=info))
@@ -123,6 +131,20 @@ def inline(closed: Any) -> tuple[Program, list[Any]]:
 
     outvars = walk(closed.jaxpr, {}, source_info_util.NameStack())
     return Program(constvars, list(closed.jaxpr.invars), outvars, equations), consts
+
+
+def _slices(equation: Any) -> Any:
+    """The jaxpr of what takes an array apart by several equations, each of which has one result.
+
+    Newer versions of JAX have one for it, as when a program loops over the rows of an array.
+    """
+    (var,), axis = equation.invars, equation.params["axis"]
+
+    def rows(array: jax.Array) -> list[jax.Array]:
+        size = array.shape[axis]
+        return [lax.index_in_dim(array, place, axis, keepdims=False) for place in range(size)]
+
+    return jax.make_jaxpr(rows)(var.aval).jaxpr
 
 
 def multiplications(equation: Any) -> int:
