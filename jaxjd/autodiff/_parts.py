@@ -158,17 +158,8 @@ def cut(
       sizes: How many losses each of them holds.
       num_summed: Of how many of the parameters, the last, the gradient of the sum is wanted only.
     """
-    wanted = differentiable(program, num_params)
-    summed = wanted - differentiable(program, num_params - num_summed) if num_summed else set()
-    roots: dict[Any, Owners] = {}
-    for atom, tasks in _numbered(losses, sizes):
-        if not isinstance(atom, jex.Literal) and atom in wanted:
-            owners = along(0, tasks) if len(atom.aval.shape) == 1 else Owners(tasks)
-            other = roots.get(atom)
-            roots[atom] = Owners(tuple(sorted({*other.all, *tasks}))) if other else owners
-    made = {var: equation for equation in program.eqns for var in equation.outvars}
-    owners, equations = owners_of(program, wanted, roots, made)
     wanted, roots, made, owners, equations = _owned(program, num_params, losses, sizes)
+    summed = wanted - differentiable(program, num_params - num_summed) if num_summed else set()
 
     # A view of a parameter belongs to whichever part needs it: there it can be undone.
     params = set(program.invars[:num_params])
