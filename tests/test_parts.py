@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxjd
+from tests.jaxprs import multiplications
 
 WIDTH = 12
 
@@ -260,22 +261,6 @@ def test_equals_jacrev(make, options):
         assert_close(found, expected)
 
 
-def products(jaxpr):
-    """The multiplications in the products of a jaxpr."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            ((contract, _), _) = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            size = math.prod(shape[axis] for axis in contract)
-            total += size * math.prod(equation.outvars[0].aval.shape)
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += products(inner) * equation.params.get("length", 1)
-    return total
-
-
 @pytest.mark.parametrize(
     ("make", "most"),
     [
@@ -303,7 +288,7 @@ def test_work_in_units_of_a_plain_step(make, most):
     def as_opaque(leaf):
         return leaf if hasattr(leaf, "arrays") else jaxjd.linalg.owned.RowsLeaf((0,), leaf, 1)
 
-    counts = [products(jax.make_jaxpr(fn)(params, data).jaxpr) for fn in (plain, jacobian)]
+    counts = [multiplications(jax.make_jaxpr(fn)(params, data).jaxpr) for fn in (plain, jacobian)]
     assert counts[1] <= most * counts[0]
 
 
@@ -375,7 +360,7 @@ def test_work_of_one_function_for_all_heads():
                 return losses, []
 
             jaxpr = jax.make_jaxpr(run)(params, x)
-            counts[name, engine] = products(jaxpr.jaxpr)
+            counts[name, engine] = multiplications(jaxpr.jaxpr)
     for engine in (jaxjd.mtl_value_and_jacobian, jaxjd.mtl_value_and_gramian):
         assert counts["each", engine] == counts["together", engine]
 

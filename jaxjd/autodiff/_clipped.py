@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxjd.autodiff._jacobian import check_argnums
 from jaxjd.autodiff._per_example import _by_example, _Engine
-from jaxjd.autodiff._tasks import check_chunk_size, vary_like
+from jaxjd.autodiff._tasks import check_chunk_size, equal_chunks, join_chunks, vary_like
 from jaxjd.base import PyTree, weight_dtype
 from jaxjd.checks import check_function, check_range
 from jaxjd.linalg.algebra import keep_smaller, squared_norms, wide_combination
@@ -122,25 +122,17 @@ def _clipped(
         return run(batch)
     each = -(-size // count)  # As few copies as can be.
 
-    def cut(array: jax.Array) -> jax.Array:
-        copies = jnp.broadcast_to(array[:1], (count * each - size, *array.shape[1:]))
-        return jnp.concatenate([array, copies]).reshape(count, each, *array.shape[1:])
-
     def step(total: PyTree, chunk: tuple) -> tuple[PyTree, tuple]:
         found, part = run(*chunk)
         return jax.tree.map(jnp.add, total, part), found
 
     counts = (jnp.arange(count * each) < size).reshape(count, each)
-    chunks = (jax.tree.map(cut, batch), counts)
-    first = jax.tree.map(lambda array: array[0], chunks)
-    like = jax.tree.leaves(jax.eval_shape(run, *first)[1])
+    chunks = (equal_chunks(batch, count, each), counts)
+    of_first = lambda chunks: run(*jax.tree.map(lambda array: array[0], chunks))[1]
+    like = jax.tree.leaves(jax.eval_shape(of_first, chunks))
     zeros = [
         vary_like(jnp.zeros_like(leaf, dtype=part.dtype), part)
         for leaf, part in zip(engine.leaves, like, strict=True)
     ]
     total, found = lax.scan(step, jax.tree.unflatten(engine.treedef, zeros), chunks)
-
-    def whole(array: jax.Array) -> jax.Array:
-        return array.reshape(count * each, *array.shape[2:])[:size]
-
-    return jax.tree.map(whole, found), total
+    return join_chunks(found, size), total

@@ -60,7 +60,8 @@ def in_microbatches(engine: Callable[..., Any], count: int) -> Callable[..., Any
             losses, aux = values if told.has_aux else (values, None)
             return (losses, jax.tree.map(local_rows, rows)), aux
 
-        found = jax.eval_shape(one, {place: jax.typeof(p[0]) for place, p in parts.items()})[0]
+        of_first = lambda parts: one(jax.tree.map(lambda part: part[0], parts))[0]
+        found = jax.eval_shape(of_first, parts)
         zeros = jax.tree.map(
             lambda like: vary_like(lax.full_like(like, 0, _wide(like.dtype)), like), found
         )

@@ -18,7 +18,9 @@ from jaxjd.autodiff._tasks import (
     batch_size,
     check_chunk_size,
     check_differentiable,
+    equal_chunks,
     example_of,
+    join_chunks,
     map_in_chunks,
     vary_like,
     with_losses,
@@ -244,18 +246,7 @@ class _Engine:
         size, count = self.size, -(-self.size // chunk_size)
         short = count * chunk_size - size
 
-        def parts_of(tree: PyTree) -> PyTree:
-            def cut(array: jax.Array) -> jax.Array:
-                filler = jnp.broadcast_to(array[:1], (short, *array.shape[1:]))
-                array = jnp.concatenate([array, filler])
-                return array.reshape(count, chunk_size, *array.shape[1:])
-
-            return jax.tree.map(cut, tree)
-
-        def whole(array: jax.Array) -> jax.Array:
-            return array.reshape(count * chunk_size, *array.shape[2:])[:size]
-
-        chunks = parts_of(batch)
+        chunks = equal_chunks(batch, count, chunk_size)
         numbers = jnp.arange(count)
 
         def block_row(pair: tuple[jax.Array, tuple]) -> tuple:
@@ -306,12 +297,8 @@ class _Engine:
         def pullback(weights: Any) -> PyTree:
             return groups.spread(weights, size, pull_back)
 
-        return (
-            whole(losses),
-            jax.tree.map(whole, aux),
-            jax.tree.map(assemble, blocks),
-            pullback,
-        )
+        losses, aux = join_chunks((losses, aux), size)
+        return losses, aux, jax.tree.map(assemble, blocks), pullback
 
 
 def _is_array(leaf: Any) -> bool:

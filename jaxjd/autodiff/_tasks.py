@@ -165,6 +165,26 @@ def map_in_chunks(fn: Callable[[Any], Any], stacked: PyTree, chunk_size: int | N
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), found, last)
 
 
+def equal_chunks(tree: PyTree, count: int, each: int) -> PyTree:
+    """Cuts leading axes into chunks of one size, filled up with copies of the first entry."""
+
+    def cut(array: jax.Array) -> jax.Array:
+        copies = jnp.broadcast_to(array[:1], (count * each - array.shape[0], *array.shape[1:]))
+        return jnp.concatenate([array, copies]).reshape(count, each, *array.shape[1:])
+
+    return jax.tree.map(cut, tree)
+
+
+def join_chunks(tree: PyTree, size: int) -> PyTree:
+    """Undoes `equal_chunks` for leading axes of `size` entries."""
+
+    def join(array: jax.Array) -> jax.Array:
+        count, each, *rest = array.shape
+        return array.reshape(count * each, *rest)[:size]
+
+    return jax.tree.map(join, tree)
+
+
 def _batched(fn: Callable[[Any], Any], stacked: PyTree) -> Any:
     try:
         return jax.vmap(fn)(stacked)

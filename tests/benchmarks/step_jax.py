@@ -446,9 +446,9 @@ def shape_variants_of(case: Case) -> list[Variant]:
         return jnp.stack(jax.tree.leaves(losses)).reshape(-1), gradient
 
     def whole_jacobian(params: Any, batch: Any) -> tuple:
-        jacobian = jax.jacrev(losses_of)(params, batch)
-        weights = _weights(jaxjd.gramian(jacobian))
-        return losses_of(params, batch), jaxjd.combine(weights, jacobian)
+        twice = lambda params: (losses_of(params, batch),) * 2
+        jacobian, losses = jax.jacrev(twice, has_aux=True)(params)
+        return losses, jaxjd.combine(_weights(jaxjd.gramian(jacobian)), jacobian)
 
     # The first of ten calls and one between are one program, whose branch is not known to it.
     def periodic(params: Any, batch: Any, count: int) -> tuple:
