@@ -15,6 +15,7 @@ from jaxjd.aggregators._weighted import weigh
 from jaxjd.autodiff import in_microbatches, value_and_gramian, value_and_jacobian
 from jaxjd.autodiff._gramian import Groups, pull_weights
 from jaxjd.autodiff._jacobian import arguments, check_argnums, joined
+from jaxjd.autodiff._loops import looped
 from jaxjd.base import (
     CrossGramianWeighting,
     Differentiated,
@@ -247,7 +248,9 @@ def aggregated_value_and_grad(
                 return (values, gradient), AggregatedGradState((), inner)
             # A conditional takes one branch: the Jacobian is not computed in between.
             count = jnp.asarray(state.count)
-            values, gradient, inner = lax.cond(count == 0, step, backward, state.aggregator)
+            values, gradient, inner = lax.cond(
+                count == 0, looped(step), looped(backward), state.aggregator
+            )
             return (values, gradient), AggregatedGradState((count + 1) % every, inner)
 
         apply.through = through  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.autodiff._jacobian import check_argnums
+from jaxjd.autodiff._loops import looped
 from jaxjd.autodiff._per_example import _by_example, _Engine
 from jaxjd.autodiff._tasks import check_chunk_size, equal_chunks, join_chunks, vary_like
 from jaxjd.base import PyTree, weight_dtype
@@ -134,5 +135,5 @@ def _clipped(
         vary_like(jnp.zeros_like(leaf, dtype=part.dtype), part)
         for leaf, part in zip(engine.leaves, like, strict=True)
     ]
-    total, found = lax.scan(step, jax.tree.unflatten(engine.treedef, zeros), chunks)
+    total, found = lax.scan(looped(step), jax.tree.unflatten(engine.treedef, zeros), chunks)
     return join_chunks(found, size), total

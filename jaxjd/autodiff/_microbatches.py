@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxjd.autodiff._loops import looped
 from jaxjd.autodiff._tasks import vary_like
 from jaxjd.base import Differentiated, PyTree
 from jaxjd.checks import argument_number, path_name, type_name
@@ -70,7 +71,7 @@ def in_microbatches(engine: Callable[..., Any], count: int) -> Callable[..., Any
             new, aux = one(part)
             return jax.tree.map(lambda old, x: old + x.astype(old.dtype), total, new), aux
 
-        total, aux = lax.scan(add, zeros, parts)
+        total, aux = lax.scan(looped(add), zeros, parts)
         losses, rows = jax.tree.map(
             lambda old, like: (old / count).astype(like.dtype), total, found
         )

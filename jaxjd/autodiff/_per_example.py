@@ -13,6 +13,7 @@ from jax import lax
 from jaxjd.autodiff._forms import check_form
 from jaxjd.autodiff._gramian import Groups, Pullback
 from jaxjd.autodiff._jacobian import check_argnums, joined
+from jaxjd.autodiff._loops import looped
 from jaxjd.autodiff._tapped import Split, split, trace
 from jaxjd.autodiff._tasks import (
     batch_size,
@@ -267,7 +268,7 @@ class _Engine:
 
             return losses, aux, lax.map(block, (numbers, chunks))
 
-        losses, aux, blocks = lax.map(block_row, (numbers, chunks))
+        losses, aux, blocks = lax.map(looped(block_row), (numbers, chunks))
 
         def assemble(blocks: jax.Array) -> jax.Array:
             total = count * chunk_size
@@ -287,7 +288,7 @@ class _Engine:
                 jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, dtype))
                 for leaf in self.leaves
             ]
-            total, _ = lax.scan(add, jax.tree.unflatten(self.treedef, zeros), parts)
+            total, _ = lax.scan(looped(add), jax.tree.unflatten(self.treedef, zeros), parts)
             return jax.tree.map(
                 lambda total, leaf: total.astype(leaf.dtype),
                 total,

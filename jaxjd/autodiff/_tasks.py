@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxjd.autodiff._loops import looped
 from jaxjd.base import PyTree
 from jaxjd.checks import check_static_int, is_mutable_state, path_name, type_name
 
@@ -146,7 +147,7 @@ def map_in_chunks(fn: Callable[[Any], Any], stacked: PyTree, chunk_size: int | N
       ValueError: If the function cannot be batched, though it runs for a single entry.
     """
     if chunk_size == 1:
-        return lax.map(fn, stacked)
+        return lax.map(looped(fn), stacked)
     size = jax.tree.leaves(stacked)[0].shape[0]
     batched = functools.partial(_batched, fn)
     if chunk_size is None or chunk_size >= size:
@@ -157,7 +158,7 @@ def map_in_chunks(fn: Callable[[Any], Any], stacked: PyTree, chunk_size: int | N
     def cut(array: jax.Array) -> jax.Array:
         return array[:whole].reshape(whole // chunk_size, chunk_size, *array.shape[1:])
 
-    found = lax.map(batched, jax.tree.map(cut, stacked))
+    found = lax.map(looped(batched), jax.tree.map(cut, stacked))
     found = jax.tree.map(lambda array: array.reshape(whole, *array.shape[2:]), found)
     if whole == size:
         return found
