@@ -21,6 +21,7 @@ from jaxjd.base import Gramian, Jacobian, PyTree, weight_dtype
 from jaxjd.checks import check_weights, leaf_names, path_name, type_name
 from jaxjd.linalg.factored import FactoredLeaf
 from jaxjd.linalg.owned import BlocksLeaf, RowsLeaf, scatter
+from jaxjd.linalg.products import row_products
 from jaxjd.linalg.sharded import (
     local_part,
     local_rows,
@@ -406,6 +407,8 @@ def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
     if jnp.iscomplexobj(leaf_1) or jnp.iscomplexobj(leaf_2):  # Twice as many real numbers.
         parts = [(leaf_1.real, leaf_2.real), (leaf_1.imag, leaf_2.imag)]
         return jnp.add(*(_leaf_product(*pair, dtype) for pair in parts))
+    if _explicit_mesh(leaf_1) is None:
+        return row_products(leaf_1, leaf_2, dtype)
     if leaf_1.dtype != leaf_2.dtype:
         leaf_1, leaf_2 = leaf_1.astype(dtype), leaf_2.astype(dtype)
     return lax.dot_general(

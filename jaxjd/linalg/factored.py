@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.linalg.costs import Sizes, gramian_costs
-from jaxjd.linalg.layers import Layer, product
+from jaxjd.linalg.layers import Layer
 from jaxjd.linalg.opaque import OpaqueLeaf
+from jaxjd.linalg.products import product, row_products
 
 
 class FactoredLeaf(OpaqueLeaf):
@@ -71,7 +72,7 @@ class FactoredLeaf(OpaqueLeaf):
             if self.per_task and self.layer.has_columns:
                 return self.layer.gramian_by_columns(self, dtype)
             rows = self._rows()  # Not rounded to the parameter's dtype.
-            return product(rows, rows, contract=range(1, self.ndim), dtype=dtype)
+            return row_products(rows, rows, dtype)
         return self.layer.gramian(self, dtype)
 
     def smaller(self) -> FactoredLeaf | jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.linalg.costs import Sizes
+from jaxjd.linalg.products import product, row_products
 from jaxjd.linalg.sharded import vary, varying_axes
 
 
@@ -21,23 +22,6 @@ class Factors(Protocol):
     inputs: jax.Array
     cotangents: jax.Array
     per_task: bool
-
-
-def product(
-    a: jax.Array, b: jax.Array, *, contract: Any, batch: Any = (), dtype: Any = None
-) -> jax.Array:
-    """Contracts the same axes of two arrays, in full precision and at least float32."""
-    dtype = jnp.result_type(jnp.float32, a, b) if dtype is None else dtype
-    # Not left to the product: XLA's CPU backend lacks some of bfloat16 with a float32 result.
-    a, b = a.astype(dtype), b.astype(dtype)
-    contract, batch = tuple(contract), tuple(batch)
-    return lax.dot_general(
-        a,
-        b,
-        ((contract, contract), (batch, batch)),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    ).astype(dtype)
 
 
 class Layer:
@@ -160,7 +144,7 @@ class Layer:
         def part_of(inputs: jax.Array) -> jax.Array:
             contract, batch = range(start, end), range(start)
             rows = product(inputs, leaf.cotangents, contract=contract, batch=batch)
-            return product(rows, rows, contract=range(1, rows.ndim), dtype=dtype)
+            return row_products(rows, rows, dtype)
 
         split = (*leaf.inputs.shape[:end], sizes.inputs // chunk, chunk)
         parts = jnp.moveaxis(leaf.inputs.reshape(split), end, 0)
@@ -386,7 +370,7 @@ class EmbeddingLayer(Layer):
         cotangents = leaf.cotangents.astype(dtype)
         cotangents = cotangents.reshape(cotangents.shape[0], count, -1)
         sums = jnp.zeros_like(cotangents).at[:, first].add(cotangents)
-        return product(sums, sums, contract=(1, 2), dtype=dtype)
+        return row_products(sums, sums, dtype)
 
     def squared_norms(self, inputs: jax.Array, cotangents: jax.Array, dtype: Any) -> jax.Array:
         """The squared lengths of the rows: cotangents of equal indices are added up first."""

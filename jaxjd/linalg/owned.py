@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.linalg.factored import FactoredLeaf
-from jaxjd.linalg.layers import product
 from jaxjd.linalg.opaque import OpaqueLeaf
+from jaxjd.linalg.products import product
 from jaxjd.linalg.sharded import local_rows
 
 
