@@ -190,11 +190,17 @@ def aggregated_value_and_grad(
         count = () if every == 1 else jnp.zeros((), jnp.int32)
         return AggregatedGradState(count, aggregator.init(params))
 
-    def through(wrap: Callable[[Any], Any]) -> AggregatedGrad:
-        """The same with something around every engine in it."""
+    def through(wrap: Callable[[Any], Any], moving: bool = False) -> AggregatedGrad:
+        """The same with something around every engine in it.
+
+        With `moving` the keyword argument of this name is a state that goes from one call of the
+        function to the next, and `aux` is a pair of the next one and anything else.
+        """
 
         def around(engine: Callable[..., Any]) -> Callable[..., Any]:
-            return wrap(engine if microbatches == 1 else in_microbatches(engine, microbatches))
+            if microbatches > 1:
+                engine = in_microbatches(engine, microbatches, moving)
+            return wrap(engine)
 
         def apply(
             state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
@@ -206,14 +212,17 @@ def aggregated_value_and_grad(
             params = joined(arguments(losses_fn, numbers, args, kwargs)[1], single)
 
             def whole(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
-                engine = around(jacobian_fn)
-                values, jacobian = engine(*args, **kwargs)
+                engine, pair, now = around(jacobian_fn), [], kwargs
+                for batch in cross_args or ():
+                    values, rows = engine(args[0], *batch, **now)
+                    pair.append(rows)
+                    if moving:
+                        now = {**now, "moving": values[1][0]}
+                values, jacobian = engine(*args, **now)
                 losses = values[0] if has_aux else values
                 extra: dict[str, Any] = {"losses": losses, **own}
                 if cross_args is not None:
-                    extra["cross_jacobians"] = tuple(
-                        engine(args[0], *batch, **kwargs)[1] for batch in cross_args
-                    )
+                    extra["cross_jacobians"] = tuple(pair)
                 gradient, inner = aggregator.update(jacobian, inner, params, **extra)
                 return values, gradient, inner
 
