@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxjd.aggregators._weighted import weigh
 from jaxjd.autodiff import in_microbatches, value_and_gramian, value_and_jacobian
 from jaxjd.autodiff._gramian import Groups, pull_weights
 from jaxjd.autodiff._jacobian import arguments, check_argnums, joined
+from jaxjd.autodiff._together import Losses, together
 from jaxjd.base import (
     CrossGramianWeighting,
     Differentiated,
@@ -22,11 +23,9 @@ from jaxjd.base import (
     PyTree,
     Weighting,
 )
-from jaxjd.checks import check_function, check_state, check_static_int, type_name
+from jaxjd.checks import check_state, check_static_int, type_name
 from jaxjd.grouping import grouped
 from jaxjd.grouping._grouped import weigh_groups
-
-Losses = Callable[..., Any] | Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
 
 
 class AggregatedGrad(NamedTuple):
@@ -164,7 +163,7 @@ def aggregated_value_and_grad(
       >>> sorted(values), params["w"].shape
       (['fit', 'size'], (3, 4))
     """
-    losses_fn = _together(fn, has_aux)
+    losses_fn = together(fn, has_aux)
     every = check_static_int("every", every, at_least=1)
     microbatches = check_static_int("microbatches", microbatches, at_least=1)
     aggregator = _aggregator(weighting, labels, num_tasks, every)
@@ -294,26 +293,6 @@ def _check_gramian_weighting(weighting: Any) -> None:
             "form='products' holds no Jacobian: `weighting` must be one of the Gramian, got "
             f"{type_name(weighting)}."
         )
-
-
-def _together(fn: Losses, has_aux: bool) -> Callable[..., Any]:
-    """One function of what may be a collection of functions."""
-    if callable(fn):
-        return fn
-    if not isinstance(fn, (Mapping, list, tuple)) or not fn:
-        check_function("fn", fn)
-    fns, treedef = jax.tree.flatten(fn, is_leaf=callable)
-    for number, one in enumerate(fns):
-        check_function(f"fn[{number}]", one)
-
-    def together(*args: Any, **kwargs: Any) -> Any:
-        found = [one(*args, **kwargs) for one in fns]
-        if not has_aux:
-            return treedef.unflatten(found)
-        losses, aux = zip(*found, strict=True)
-        return treedef.unflatten(losses), treedef.unflatten(aux)
-
-    return together
 
 
 def _aggregator(weighting: Any, labels: Any, num_tasks: int | None, every: int) -> Any:
