@@ -44,8 +44,7 @@ def test_a_dict_of_functions_is_the_function_of_all():
     assert step_of(FNS, *arguments) == step_of(together, *arguments)
     assert leaves_of(FNS, *arguments) == leaves_of(together, *arguments)
     with_aux = [
-        lambda *args, fn=fn: (fn(*args), {"x": args[-1], "name": "x"})
-        for fn in FNS.values()
+        lambda *args, fn=fn: (fn(*args), {"x": args[-1], "name": "x"}) for fn in FNS.values()
     ]
     report = step_of(with_aux, *arguments, has_aux=True)
     assert report.shares == step_of(together, *arguments).shares
