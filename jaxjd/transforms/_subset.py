@@ -117,7 +117,7 @@ def subset(weighting: Any, *, num_tasks: int, num_present: int) -> Any:
     k = check_static_int("num_present", num_present, at_least=1)
     if k > m:
         raise ValueError(f"`num_present` must be <= {m}, the number of tasks, got {k}.")
-    make = _maker(weighting)
+    make, given = _maker(weighting), isinstance(weighting, Weighting)
     if isinstance(make(jnp.arange(m)), Scalarizer):
         return _scalarizer(make, m, k)
 
@@ -148,7 +148,11 @@ def subset(weighting: Any, *, num_tasks: int, num_present: int) -> Any:
         new = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.nan), new)
         return new, _put(_without_logs(state), axes, tasks, part), certificate
 
-    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
+    certified = Certified(update)
+    if isinstance(weighting if given else weighting(tasks=jnp.arange(m)), Weighting):
+        # The weights are all there is to its step: `aggregated_value_and_grad` may keep them.
+        certified.present = lambda tasks: _check_tasks(tasks, m, k)  # type: ignore[attr-defined]
+    return Aggregator(init, certified)  # type: ignore[arg-type]
 
 
 def _maker(weighting: Any) -> Callable[[jax.Array], Any]:
