@@ -149,9 +149,10 @@ def weigh_groups(
     logged: Any = ()
     if num_tasks is not None:
         logged = weights.astype(jnp.asarray(state.weights).dtype)
-    certificate = certificates and jax.tree_util.Partial(_residuals, certificates)
+    certificate = certificates and jax.tree_util.Partial(residuals_of, certificates)
     return weights, GroupedState(logged, inner), certificate
 
 
-def _residuals(certificates: jax.tree_util.Partial) -> jax.Array:
+def residuals_of(certificates: jax.tree_util.Partial) -> jax.Array:
+    """The residuals of certificates that are stacked along a leading axis."""
     return jax.vmap(lambda certificate: certificate())(certificates)
