@@ -11,8 +11,8 @@ import optax
 
 from jaxjd.base import Aggregator, Certified, Jacobian, PyTree, solve
 from jaxjd.checks import check_state, path_name, type_name
-from jaxjd.grouping._cut import PAIRS, cut, cut_extra_args
-from jaxjd.grouping._together import kinds_of, weigh_together
+from jaxjd.grouping._cut import cut, cut_extra_args
+from jaxjd.grouping._together import groups_of, kinds_of, weigh_together
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import param_shapes
 
@@ -92,8 +92,8 @@ def partition(
     transforms = {
         label: optax.with_extra_args_support(transform) for label, transform in aggregators.items()
     }
-
-    kinds = kinds_of({label: tx.update for label, tx in transforms.items()})
+    updates_of = {label: tx.update for label, tx in transforms.items()}
+    kinds = kinds_of(updates_of)
 
     def init(params: PyTree) -> PartitionState:
         found = _resolve(labels, params, transforms)
@@ -119,31 +119,23 @@ def partition(
             )
         paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
         shapes = None if params is None else [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-        parts = {
-            label: (
-                cut(updates, found, label),
-                None if params is None else cut(params, found, label),
-                cut_extra_args(extra_args, updates, found, label, cut_args),
-            )
-            for label in transforms
-        }
-        weighed = weigh_together(
-            {label: transforms[label].update for label in kinds},
-            *(kinds, parts, state.inner_states, extra_args, {*PAIRS, *cut_args}),
-        )
         places: dict[str, list[int]] = {label: [] for label in transforms}
         for place, label in enumerate(found):
             places[label].append(place)
+        groups = groups_of(places, state.inner_states, updates, params, extra_args, cut_args)
+        weighed = weigh_together(updates_of, kinds, groups)
         results: list[Any] = [None] * len(leaves)
         inner_states, certificates = {}, {}
         for label, tx in transforms.items():
-            rows, own, extra = parts[label]
             if label in weighed:
-                weights, inner_states[label], certificates[label] = weighed[label]
-                new = tx.update.combine(weights, rows, extra)
+                new, inner_states[label], certificates[label] = weighed[label]
             else:
                 new, inner_states[label], certificates[label] = solve(
-                    tx.update, rows, state.inner_states[label], own, **extra
+                    tx.update,
+                    cut(updates, found, label),
+                    state.inner_states[label],
+                    None if params is None else cut(params, found, label),
+                    **cut_extra_args(extra_args, updates, found, label, cut_args),
                 )
             for place, leaf in zip(places[label], jax.tree.leaves(new), strict=True):
                 expected = None if shapes is None else shapes[place]

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import types
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,29 +22,46 @@ from jaxjd.base import (
     PyTree,
     Weighting,
 )
+from jaxjd.checks import leaf_names
 from jaxjd.grouping._cut import PAIRS
 from jaxjd.grouping._grouped import residuals_of
 from jaxjd.linalg.algebra import count_tasks
 
 
-class _Problem(NamedTuple):
-    """What a group is weighed by."""
+class Group(NamedTuple):
+    """What there is of a group: flat lists, since a tree with holes is as large as the whole one.
 
-    num_tasks: int
-    stat: jax.Array
+    Attributes:
+      rows: The leaves of its Jacobian.
+      params: Those of its parameters, or None.
+      extra: The extra arguments, the pair of Jacobians cut to the group.
+      state: The state of its aggregator.
+    """
+
+    rows: list[Any]
+    params: list[Any] | None
+    extra: dict[str, Any]
     state: PyTree
 
 
+class _Problem(NamedTuple):
+    """What a group is weighed by."""
+
+    label: str
+    stat: jax.Array
+    group: Group
+
+
 class Weighed(NamedTuple):
-    """What comes of weighing one group.
+    """What comes of one group that was weighed with others.
 
     Attributes:
-      weights: Shape ``(m,)``.
+      combined: The leaves of its update.
       state: The next state of the group's aggregator.
       certificate: That of all groups that were weighed together, for one of them; None for others.
     """
 
-    weights: jax.Array
+    combined: list[jax.Array]
     state: PyTree
     certificate: Any
 
@@ -108,51 +125,74 @@ def kinds_of(updates: Mapping[str, Any]) -> dict[str, Hashable]:
     return {label: kind for label, kind in kinds.items() if sizes[kind] > 1}
 
 
+def groups_of(
+    places: Mapping[str, Sequence[int]],
+    states: Mapping[str, PyTree],
+    jacobian: Jacobian,
+    params: PyTree | None,
+    extra_args: Mapping[str, Any],
+    cut_names: Collection[str],
+) -> dict[str, Group]:
+    """Cuts everything to groups, by the places of their leaves; returns none if that is not plain.
+
+    Trees that do not belong together have to be cut one by one, for the message, and so have extra
+    arguments of `cut_names`, of which any weighting may read its own part.
+    """
+    pair = extra_args.get(PAIRS[0])
+    pair = tuple(pair) if isinstance(pair, (tuple, list)) else ()
+    trees = [jacobian, *pair] if params is None else [jacobian, *pair, params]
+    names = [leaf_names(tree) for tree in trees]
+    if any(extra_args.get(name) is not None for name in cut_names) or names[1:] != names[:-1]:
+        return {}
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    groups = {}
+    for label, own in places.items():
+        rows, *rest = ([tree[place] for place in own] for tree in leaves)
+        extra = {name: value for name, value in extra_args.items() if name not in PAIRS}
+        if pair:
+            extra[PAIRS[0]] = tuple(rest[: len(pair)])
+        groups[label] = Group(rows, None if params is None else rest[-1], extra, states[label])
+    return groups
+
+
 def weigh_together(
     updates: Mapping[str, WeightedUpdate],
     kinds: Mapping[str, Hashable],
-    parts: Mapping[str, tuple[Jacobian, PyTree | None, dict[str, Any]]],
-    states: Mapping[str, PyTree],
-    extra_args: Mapping[str, Any],
-    cut_names: Collection[str],
+    groups: Mapping[str, Group],
 ) -> dict[str, Weighed]:
     """Weighs groups whose aggregators, statistics and states are alike by one program.
 
     Args:
       updates: The `update` of every aggregator in `kinds`, by label.
       kinds: What `kinds_of` returned.
-      parts: The Jacobian, the parameters and the extra arguments of every group.
-      states: The states of the aggregators.
-      extra_args: The extra arguments, not cut to a group.
-      cut_names: The names of those that are cut to it.
+      groups: What `groups_of` returned.
 
     Returns:
-      What was found, by label. A group that is alone of its kind or cannot be mapped is not there.
+      What was found, by label. A group that is alone of its kind, or cannot be weighed in a batch,
+      is not there; nor is one that something is wrong with, for the message.
     """
-    given = {name for name in cut_names if extra_args.get(name) is not None}
-    shared = {name: value for name, value in extra_args.items() if name not in given}
-    batches: dict[Hashable, dict[str, _Problem]] = {}
-    for label, kind in kinds.items():
-        update, (jacobian, params, extra) = updates[label], parts[label]
-        # The pair of Jacobians is in the statistic; others may be read for themselves.
-        is_pair = isinstance(update.weighting, CrossGramianWeighting) and given <= {*PAIRS}
-        leaves, treedef = jax.tree.flatten(states[label])
-        if (given and not is_pair) or not all(map(_is_mapped_alike, leaves)):
+    batches: dict[Hashable, list[_Problem]] = {}
+    for label, kind in kinds.items() if groups else ():
+        weighting, group = updates[label].weighting, groups[label]
+        leaves, treedef = jax.tree.flatten(group.state)
+        # The pair is in the statistic of those that read one; others may look at it themselves.
+        mixed = PAIRS[0] in group.extra and not isinstance(weighting, CrossGramianWeighting)
+        if mixed or not all(map(_is_mapped_alike, leaves)):
             continue
-        m = count_tasks(jacobian, params)
-        if m is not None:
-            stat = read_stat(update.weighting, jacobian, extra)
-            key = (kind, m, jax.typeof(stat), treedef, *map(jax.typeof, leaves))
-            batches.setdefault(key, {})[label] = _Problem(m, stat, states[label])
+        try:
+            m = count_tasks(group.rows, group.params)
+            stat = read_stat(weighting, group.rows, group.extra)
+        except ValueError:
+            continue
+        key = (kind, m, jax.typeof(stat), treedef, *map(jax.typeof, leaves))
+        batches.setdefault(key, []).append(_Problem(label, stat, group))
     found: dict[str, Weighed] = {}
     for problems in batches.values():
         if len(problems) > 1:
-            update = updates[next(iter(problems))]
             try:
-                found |= _in_one_batch(update, problems, shared)
+                found |= _in_one_batch(updates[problems[0].label], problems)
             except (jax.errors.JAXTypeError, NotImplementedError, ValueError):
-                # A callback or a Python `if` on its values, say: one by one it works, or fails with
-                # the message for one.
+                # A callback or a Python `if` on its values, say: one by one it works.
                 continue
     return found
 
@@ -166,21 +206,22 @@ def _is_mapped_alike(leaf: Any) -> bool:
     return jax.random.key_impl(leaf) == "threefry2x32"
 
 
-def _in_one_batch(
-    update: WeightedUpdate, problems: Mapping[str, _Problem], extra_args: Mapping[str, Any]
-) -> dict[str, Weighed]:
-    m = next(iter(problems.values())).num_tasks
-    pairs = [(problem.stat, problem.state) for problem in problems.values()]
-    stats, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+def _in_one_batch(update: WeightedUpdate, problems: Sequence[_Problem]) -> dict[str, Weighed]:
+    m = problems[0].stat.shape[0]
+    extra = {name: value for name, value in problems[0].group.extra.items() if name not in PAIRS}
+    pairs = [(problem.stat, problem.group.state) for problem in problems]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
     weights, states, certificates = jax.vmap(
-        lambda stat, state: update.weigh(lambda: stat, m, state, extra_args)
-    )(stats, states)
+        lambda pair: update.weigh(lambda: pair[0], m, pair[1], extra)
+    )(stacked)
     leaves, treedef = jax.tree.flatten((weights, states))
     certificate = certificates and jax.tree_util.Partial(residuals_of, certificates)
     found = {}
-    for place, label in enumerate(problems):
+    for place, (label, _, group) in enumerate(problems):
         slices = [lax.index_in_dim(leaf, place, keepdims=False) for leaf in leaves]
         own, state = treedef.unflatten(slices)
         # One certificate stands for all.
-        found[label] = Weighed(own, state, None if place else certificate)
+        found[label] = Weighed(
+            update.combine(own, group.rows, group.extra), state, None if place else certificate
+        )
     return found
