@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxjd.base import Gramian
 from jaxjd.checks import check_square
 from jaxjd.linalg.min_norm import min_norm_weights
+from jaxjd.linalg.nonnegative_qp import rough_solutions
 from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import safe_sqrt, unit_diagonal
+from jaxjd.linalg.scaling import UnitDiagonal, safe_sqrt, unit_diagonal
 
 
 def stationarity_gap(gramian: Gramian, relative: bool = False) -> jax.Array:
@@ -50,11 +51,23 @@ def stationarity_gap(gramian: Gramian, relative: bool = False) -> jax.Array:
     return scale * _shortest(scaled)
 
 
-def stationarity_gaps(gramian: Gramian) -> tuple[jax.Array, jax.Array]:
-    """Returns the absolute and the relative gap, by one solver on both problems."""
-    scaled, scale = _in_units_of_the_longest(gramian)
-    gaps = jax.vmap(_shortest)(jnp.stack([scaled, _unit_rows(gramian)]))
-    return scale * gaps[0], gaps[1]
+def stationarity_gaps(unit: UnitDiagonal) -> tuple[jax.Array, jax.Array]:
+    """Returns the absolute and the relative gap: two rows of one batch of the solver.
+
+    For rows of the lengths `l` the weights are ``w_i = x_i / l_i``, up to a factor, where `x` is
+    the solution of ``min x^T C x / 2 - sum_i x_i / l_i``; at other weights the length is more by
+    the square of their error only, so that the last digits of `x` do not matter.
+    """
+    shortest = unit.shortest()
+    inverse = jnp.stack([unit.inverse_lengths * shortest, jnp.ones_like(unit.lengths)])
+    x = rough_solutions(unit.cosines, -inverse)
+    total = jnp.sum(inverse * x, axis=1)
+    square = jnp.sum(x * matmul(x, unit.cosines), axis=1)
+    gaps = safe_sqrt(square) / jnp.where(total > 0, total, 1)
+    gaps = jnp.where(jnp.all(unit.nonzero), gaps, 0)
+    # Comparisons with NaN hide it.
+    gaps = jnp.where(jnp.all(jnp.isfinite(unit.cosines)), gaps, jnp.nan)
+    return gaps[0] * shortest, gaps[1]
 
 
 def _unit_rows(gramian: Gramian) -> Gramian:
