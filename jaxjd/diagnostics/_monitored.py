@@ -151,6 +151,7 @@ def _diagnose(
         change = -predicted_change_by(jax.tree.map(jnp.conj, direction), jacobian)
     # No more than the rounding of the direction to its dtype can make of nothing.
     unit = unit_diagonal(products)
+    gaps = stationarity_gaps(unit)
     rounding = jnp.sqrt(_square(direction)) * unit.lengths
     level = max(_eps(leaf) for leaf in jax.tree.leaves(direction)) * rounding
     worse = jnp.mean((change > level).astype(change.dtype))
@@ -162,7 +163,8 @@ def _diagnose(
         conflict_rate(products),
         worse,
         change,
-        *stationarity_gaps(unit),
+        gaps[0],
+        gaps[1],
         effective_rank(products),
     )
 
