@@ -182,8 +182,13 @@ def test_the_grid_times_equal_programs_once(capsys):
 @pytest.mark.slow
 def test_what_methods_add_to_compile_time_is_measured(tmp_path, capsys):
     path = tmp_path / "compile_time.json"
-    compile_time.main(["--tasks", "2", "--rounds", "1", "--json", str(path)])
-    result = json.loads(path.read_text())["added_s"]["."]["2"]
-    assert set(result) >= {"upgrad", "cagrad", "imtl_g"}
+    sizes = ["--tasks", "2", "--groups", "2", "--rounds", "1", "--devices", "cpu"]
+    compile_time.main([*sizes, "--json", str(path)])
+    found = json.loads(path.read_text())
+    result = found["added_s"]["."]["2"]
+    assert set(result) >= {"upgrad", "cagrad", "imtl_g", "monitored(upgrad)"}
     assert result["cagrad"] > 0
-    assert "| `upgrad` |" in capsys.readouterr().out
+    assert found["groups_s"]["."]["2"]["partition"]["compile"] > 0
+    printed = capsys.readouterr().out
+    assert "| `upgrad` |" in printed
+    assert "| 2, `partition` |" in printed

@@ -187,6 +187,30 @@ CASES = {
 }
 
 
+def run_of(case):
+    """Calls a function, compiled where that works."""
+    return lambda fn, *args: fn(*args) if case == "values" else jax.jit(fn)(*args)
+
+
+@functools.cache
+def by_jacrev(case):
+    """Losses, Jacobians of trunk and heads, and those at the features, once for all options."""
+    heads_fn, run = CASES[case][0], run_of(case)
+    params, heads, x = problem()
+    shift = jnp.asarray(0.1)
+
+    def losses(params, heads):
+        features = features_of(params, x, shift=shift)
+        return vector(heads_fn(heads, features, x, shift=shift))
+
+    features = features_of(params, x, shift=shift)
+    ids = features.pop("ids")
+    of_features = lambda z: vector(heads_fn(heads, {**z, "ids": ids}, x, shift=shift))
+    rows, by_loss = run(jax.jacrev(losses, (0, 1)), params, heads)
+    gradients = jax.tree.map(lambda leaf: leaf.sum(0), by_loss)
+    return losses(params, heads), rows, gradients, run(jax.jacrev(of_features), features)
+
+
 @pytest.mark.parametrize(
     ("case", "form", "chunk_size"),
     [(name, *options) for name, (_, options) in CASES.items()]
@@ -204,13 +228,8 @@ def test_trunk_and_heads_in_every_form(case, form, chunk_size):
         params, heads, x = problem()
         shift = jnp.asarray(0.1)
 
-        def losses(params, heads):
-            features = features_of(params, x, shift=shift)
-            return vector(heads_fn(heads, features, x, shift=shift))
-
-        run = lambda fn, *args: fn(*args) if case == "values" else jax.jit(fn)(*args)
-        rows, by_loss = run(jax.jacrev(losses, (0, 1)), params, heads)
-        gradients = jax.tree.map(lambda leaf: leaf.sum(0), by_loss)
+        run = run_of(case)
+        losses, rows, gradients, at_features = by_jacrev(case)
         engine = jaxjd.mtl_value_and_jacobian(
             features_of, heads_fn, chunk_size=chunk_size, form=form
         )
@@ -223,13 +242,9 @@ def test_trunk_and_heads_in_every_form(case, form, chunk_size):
 
         values, found, sums = run(whole, params, heads)
         close = functools.partial(chex.assert_trees_all_close, rtol=1e-10, atol=1e-10)
-        close(vector(values), losses(params, heads))
+        close(vector(values), losses)
         close((found, sums), (rows, gradients))
 
-        features = features_of(params, x, shift=shift)
-        ids = features.pop("ids")
-        of_features = lambda z: vector(heads_fn(heads, {**z, "ids": ids}, x, shift=shift))
-        at_features = run(jax.jacrev(of_features), features)
         labels = {"y": "late", "skip": "early", "ids": None}
         given = labels if form == "auto" else None
         for how in (form, "products") if chunk_size is None and form == "dense" else (form,):

@@ -77,28 +77,63 @@ def weighted(
         weights = () if num_tasks is None else jnp.zeros((num_tasks,), weight_dtype(params))
         return AggregatorState(weights=weights, weighting=weighting.init(num_tasks, params))
 
-    def update(
-        updates: Jacobian, state: AggregatorState, params: PyTree | None = None, **extra_args: Any
+    return Aggregator(init, WeightedUpdate(weighting, num_tasks, combine_pair))  # type: ignore[arg-type]
+
+
+class WeightedUpdate(Certified):
+    """The `update` of `weighted`, whose steps `jaxjd.partition` takes for many groups at once.
+
+    Args:
+      weighting: As for `weighted`.
+      num_tasks: As there.
+      combine_pair: As there.
+    """
+
+    def __init__(self, weighting: Weighting, num_tasks: int | None, combine_pair: bool) -> None:
+        """Makes the `update` of an aggregator."""
+        super().__init__(self._update)
+        self.weighting = weighting
+        self.num_tasks = num_tasks
+        self.combine_pair = combine_pair
+
+    def _update(
+        self,
+        updates: Jacobian,
+        state: AggregatorState,
+        params: PyTree | None = None,
+        **extra_args: Any,
     ) -> tuple:
         m = count_tasks(updates, params)
         if m is None:
             return updates, state, None
-        weights, next_state, certificate = weigh(
-            weighting,
-            *(num_tasks, lambda: read_stat(weighting, updates, extra_args), m, state, extra_args),
+        weights, next_state, certificate = self.weigh(
+            lambda: read_stat(self.weighting, updates, extra_args), m, state, extra_args
         )
-        if not combine_pair:
-            return combine(weights, updates), next_state, certificate
+        return self.combine(weights, updates, extra_args), next_state, certificate
+
+    def weigh(
+        self,
+        stat_of: Callable[[], Any],
+        m: int,
+        state: AggregatorState,
+        extra_args: Mapping[str, Any],
+    ) -> tuple[jax.Array, AggregatorState, Any]:
+        """Returns the weights, the next state, and the certificate."""
+        return weigh(self.weighting, self.num_tasks, stat_of, m, state, extra_args)
+
+    def combine(
+        self, weights: jax.Array, updates: Jacobian, extra_args: Mapping[str, Any]
+    ) -> PyTree:
+        """Returns what the weights make of the rows."""
+        if not self.combine_pair:
+            return combine(weights, updates)
         # Combined one by one: leaves may be factored, which cannot be added.
         first, second = (
             wide_combination(weights, jacobian) for jacobian in extra_args["cross_jacobians"]
         )
-        mean = jax.tree.map(
+        return jax.tree.map(
             lambda leaf, one, other: ((one + other) / 2).astype(leaf.dtype), updates, first, second
         )
-        return mean, next_state, certificate
-
-    return Aggregator(init, Certified(update))  # type: ignore[arg-type]
 
 
 def weigh(

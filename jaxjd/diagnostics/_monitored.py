@@ -150,7 +150,9 @@ def _diagnose(
     else:  # A gradient, which an optimizer subtracts the conjugate of.
         change = -predicted_change_by(jax.tree.map(jnp.conj, direction), jacobian)
     # No more than the rounding of the direction to its dtype can make of nothing.
-    rounding = jnp.sqrt(_square(direction)) * unit_diagonal(products).lengths
+    unit = unit_diagonal(products)
+    gaps = stationarity_gaps(unit)
+    rounding = jnp.sqrt(_square(direction)) * unit.lengths
     level = max(_eps(leaf) for leaf in jax.tree.leaves(direction)) * rounding
     worse = jnp.mean((change > level).astype(change.dtype))
     worse = jnp.where(jnp.any(jnp.isnan(change)), jnp.nan, worse)
@@ -161,7 +163,8 @@ def _diagnose(
         conflict_rate(products),
         worse,
         change,
-        *stationarity_gaps(products),
+        gaps[0],
+        gaps[1],
         effective_rank(products),
     )
 

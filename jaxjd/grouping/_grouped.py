@@ -12,6 +12,7 @@ from jaxjd.aggregators._weighted import check_logged, check_num_tasks, read_stat
 from jaxjd.base import (
     Aggregator,
     Certified,
+    CrossGramianWeighting,
     Jacobian,
     JacobianWeighting,
     PyTree,
@@ -23,7 +24,7 @@ from jaxjd.base import (
 from jaxjd.checks import check_state
 from jaxjd.grouping._cut import cut, cut_extra_args
 from jaxjd.labels import resolve
-from jaxjd.linalg.algebra import combine, count_tasks, param_shapes
+from jaxjd.linalg.algebra import combine, count_tasks, gramian, param_shapes
 
 
 class GroupedState(NamedTuple):
@@ -103,13 +104,18 @@ def grouped(weighting: Weighting, labels: Any, *, num_tasks: int | None = None) 
         found = resolve(labels, param_shapes(updates) if params is None else params)
         leaves, treedef = jax.tree.flatten(updates)
 
+        groups: dict[str, list[Any]] = {group: [] for group in sorted(set(found))}
+        for label, leaf in zip(found, leaves, strict=True):
+            groups[label].append(leaf)
+
         def stat_of(group: str) -> Any:
+            if not isinstance(weighting, CrossGramianWeighting):
+                return gramian(groups[group])
             extra = cut_extra_args(extra_args, updates, found, group)
             return read_stat(weighting, cut(updates, found, group), extra)
 
-        groups = sorted(set(found))
         weights, next_state, certificate = weigh_groups(
-            weighting, num_tasks, stat_of, groups, m, state, extra_args
+            weighting, num_tasks, stat_of, list(groups), m, state, extra_args
         )
         number = {group: place for place, group in enumerate(groups)}
         combined = [
@@ -149,9 +155,10 @@ def weigh_groups(
     logged: Any = ()
     if num_tasks is not None:
         logged = weights.astype(jnp.asarray(state.weights).dtype)
-    certificate = certificates and jax.tree_util.Partial(_residuals, certificates)
+    certificate = certificates and jax.tree_util.Partial(residuals_of, certificates)
     return weights, GroupedState(logged, inner), certificate
 
 
-def _residuals(certificates: jax.tree_util.Partial) -> jax.Array:
+def residuals_of(certificates: jax.tree_util.Partial) -> jax.Array:
+    """The residuals of certificates that are stacked along a leading axis."""
     return jax.vmap(lambda certificate: certificate())(certificates)

@@ -12,6 +12,7 @@ import optax
 from jaxjd.base import Aggregator, Certified, Jacobian, PyTree, solve
 from jaxjd.checks import check_state, path_name, type_name
 from jaxjd.grouping._cut import cut, cut_extra_args
+from jaxjd.grouping._together import groups_of, kinds_of, weigh_together
 from jaxjd.labels import resolve
 from jaxjd.linalg.algebra import param_shapes
 
@@ -41,6 +42,8 @@ def partition(
     r"""Aggregates every group of parameters on its own, with its own aggregator and state.
 
     Each group sees the Jacobian of its parameters only: its Gramian, its conflicts, its weights.
+    Groups whose aggregators are made alike (one object, or by one factory with equal arguments) are
+    weighed in one batch where they can be, so that many groups compile as fast as one.
 
     Args:
       aggregators: An aggregator for every label; also a chain that starts with one, or, for
@@ -89,6 +92,8 @@ def partition(
     transforms = {
         label: optax.with_extra_args_support(transform) for label, transform in aggregators.items()
     }
+    updates_of = {label: tx.update for label, tx in transforms.items()}
+    kinds = kinds_of(updates_of)
 
     def init(params: PyTree) -> PartitionState:
         found = _resolve(labels, params, transforms)
@@ -114,18 +119,25 @@ def partition(
             )
         paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
         shapes = None if params is None else [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+        places: dict[str, list[int]] = {label: [] for label in transforms}
+        for place, label in enumerate(found):
+            places[label].append(place)
+        groups = groups_of(places, state.inner_states, updates, params, extra_args, cut_args)
+        weighed = weigh_together(updates_of, kinds, groups)
         results: list[Any] = [None] * len(leaves)
         inner_states, certificates = {}, {}
         for label, tx in transforms.items():
-            new, inner_states[label], certificates[label] = solve(
-                tx.update,
-                cut(updates, found, label),
-                state.inner_states[label],
-                None if params is None else cut(params, found, label),
-                **cut_extra_args(extra_args, updates, found, label, cut_args),
-            )
-            places = [place for place, name in enumerate(found) if name == label]
-            for place, leaf in zip(places, jax.tree.leaves(new), strict=True):
+            if label in weighed:
+                new, inner_states[label], certificates[label] = weighed[label]
+            else:
+                new, inner_states[label], certificates[label] = solve(
+                    tx.update,
+                    cut(updates, found, label),
+                    state.inner_states[label],
+                    None if params is None else cut(params, found, label),
+                    **cut_extra_args(extra_args, updates, found, label, cut_args),
+                )
+            for place, leaf in zip(places[label], jax.tree.leaves(new), strict=True):
                 expected = None if shapes is None else shapes[place]
                 _check_shape(label, paths[place], leaf, leaves[place], expected)
                 results[place] = leaf
