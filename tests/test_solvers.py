@@ -13,9 +13,9 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxjd import linalg
-from jaxjd.linalg import nonnegative_qp as qp
-from jaxjd.linalg import pivoting
-from jaxjd.linalg.pseudo_inverse import pseudo_inverse
+from jaxjd.solvers import nonnegative_qp as qp
+from jaxjd.solvers import pivoting
+from jaxjd.solvers.pseudo_inverse import pseudo_inverse
 from tests.rounding import UNFUSED
 
 project = jax.jit(linalg.project_onto_dual_cone)

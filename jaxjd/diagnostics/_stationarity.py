@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from jaxjd.base import Gramian
 from jaxjd.checks import check_square
-from jaxjd.linalg.min_norm import min_norm_weights
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import safe_sqrt, unit_diagonal
+from jaxjd.solvers.min_norm import min_norm_weights
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.scaling import safe_sqrt, unit_diagonal
 
 
 def stationarity_gap(gramian: Gramian, relative: bool = False) -> jax.Array:

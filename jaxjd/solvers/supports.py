@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.linalg.pivoting import cholesky_solve, factorize
-from jaxjd.linalg.precision import matmul, ridge, rounding_level
+from jaxjd.solvers.pivoting import cholesky_solve, factorize
+from jaxjd.solvers.precision import matmul, ridge, rounding_level
 
 CLOSED_FORM = 3  # Variables.
 
