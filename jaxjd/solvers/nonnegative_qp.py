@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxjd.solvers import closed_form
 from jaxjd.solvers.gradient_projection import conjugate_gradients, descend
 from jaxjd.solvers.loops import unless
 from jaxjd.solvers.pivoting import search, solve_on_support, support_solver
-from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.precision import matmul, power_of_two
 from jaxjd.solvers.supports import solve_by_support
 
 _FEW = 8  # Variables. With more, and many problems at once, factorizations cost more than steps.
@@ -102,18 +103,20 @@ def solve_from(
     Returns:
       The solutions, shape ``(k, m)``.
     """
-    # In units of the largest entry, rounded to a power of two: exact, and no square underflows.
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
-    linear = jnp.ldexp(linear, -exponent)
-    start = jnp.ldexp(start, -exponent)
-    if cosines.shape[0] <= _FEW:
+    # In units of a power of two next to the largest entry: exact, and no square underflows.
+    unit = power_of_two(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
+    linear, start = linear / unit, start / unit
+    m = cosines.shape[0]
+    if m <= closed_form.MOST:
+        x = closed_form.solve_columns(cosines, linear, inside)
+    elif m <= _FEW:
         found, solve = solve_by_support(cosines, linear, start)
         x = _polish(cosines, linear, found, solve, inside)
     else:
         x = _solve_many(cosines, linear, start, inside)
     # NaN never compares, so it has to be put back.
     finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
-    return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
+    return jnp.where(finite, x * unit, jnp.nan)
 
 
 def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array, inside: int) -> jax.Array:
