@@ -38,15 +38,16 @@ def solve_columns(cosines: jax.Array, linear: jax.Array, inside: int) -> jax.Arr
     q = [linear[:, i] for i in range(m)]
     plain = [[cosines[i, j] for j in range(m)] for i in range(m)]
     # With a ridge an unbounded problem has a large finite solution.
-    extra = 2 * ridge(cosines.dtype)
+    extra = ridge(cosines.dtype)
     ridged = [[plain[i][j] + extra * (i == j) for j in range(m)] for i in range(m)]
     level = (
         16
         * jnp.finfo(cosines.dtype).eps
         * functools.reduce(jnp.maximum, [jnp.abs(entry) for entry in q])
     )
+    x = _solve(ridged, q, level)
     # Stacked, so that the compiler does not write the first part into every use of it.
-    x = list(lax.optimization_barrier(jnp.stack(_solve(ridged, q, level))))
+    x = list(lax.optimization_barrier(jnp.stack(x)))
     return jnp.stack(_polish(plain, ridged, q, x, inside), axis=1)
 
 

@@ -4,7 +4,7 @@ r"""Exact convex quadratic programs over the nonnegative orthant, batched over t
 
 is the problem behind the projection onto the dual cone, the minimum-norm point, CAGrad and PCD. Its
 optimality conditions are ``x >= 0``, ``y = C x + q >= 0`` and ``x_i y_i = 0``, so a solution is
-known once its support is. With few variables `jaxjd.solvers.supports` finds it. With many there are
+known once its support is. With few variables `jaxjd.solvers.sweeps` finds it. With many there are
 two stages:
 
 * `jaxjd.solvers.gradient_projection` needs matrix products only, and is done after some ten steps
@@ -29,7 +29,7 @@ from jaxjd.solvers.gradient_projection import conjugate_gradients, descend
 from jaxjd.solvers.loops import unless
 from jaxjd.solvers.pivoting import search, solve_on_support, support_solver
 from jaxjd.solvers.precision import matmul, power_of_two
-from jaxjd.solvers.supports import solve_by_support
+from jaxjd.solvers.sweeps import solve_by_support
 
 _FEW = 8  # Variables. With more, and many problems at once, factorizations cost more than steps.
 _DESCENT_STEPS = 60
