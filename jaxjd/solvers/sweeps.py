@@ -5,11 +5,11 @@ is. An active-set method in the manner of Lawson and Hanson ("Solving Least Squa
 looks for it: it keeps ``x >= 0`` and lowers the objective at every step, so it cannot cycle.
 
 The sweep operator (Goodnight, "A tutorial on the SWEEP operator", Am. Stat. 1979) takes the
-variables of a support into a matrix one at a time, each by an update of rank one. When all of them
-are in, the negated inverse of their block, their solution and the gradient of the others are there
-to be read. So a turn of the loop is one sweep, a few operations without a call of a library, for
-all programs of a batch. A support that loses a variable starts from the matrix again: to take one
-out by a sweep would keep the rounding errors of a small pivot.
+variables of a support into a matrix one at a time, each by an update of rank one, and out again.
+When the right ones are in, the negated inverse of their block, their solution and the gradient of
+the others are there to be read. So a turn of the loop is one sweep, a few operations without a call
+of a library, for all programs of a batch. To take a variable out keeps the rounding errors of its
+pivot: where that is small, the support is taken into the matrix anew.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxjd.solvers.precision import ridge, rounding_level
+
+_LARGEST_INVERSE = 8.0  # Of the pivot of a variable that is taken out.
 
 
 def solve_by_support(
@@ -37,20 +39,55 @@ def solve_by_support(
       The solutions, shape ``(k, m)``, of the matrix with a ridge; and the solver on their supports,
       of the same matrix, for another right side of shape ``(k, m)``.
     """
-    k, m = linear.shape
+    # The batch of one matrix; `vmap` makes it one of many.
+    x, support, inverse = (found[0] for found in _search(cosines[None], linear[None], start[None]))
+
+    def solve(right: jax.Array) -> jax.Array:
+        right = jnp.where(support, right, 0)
+        return jnp.where(support, jnp.sum(inverse * right[:, None, :], axis=2), 0)
+
+    return x, solve
+
+
+@jax.custom_batching.custom_vmap
+def _search(
+    cosines: jax.Array, linear: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The solutions, supports and inverses for matrices ``(g, m, m)`` of `k` programs each.
+
+    All programs are lanes of one loop. A lane that is done changes nothing, so that nothing has to
+    select for it.
+    """
+    g, k, m = linear.shape
+    linear, start = (x.reshape(g * k, m) for x in (linear, start))
     # With a ridge an unbounded problem has a large finite solution.
-    ridged = cosines + ridge(cosines.dtype) * jnp.eye(m, dtype=cosines.dtype)
+    ridged = cosines + ridge(cosines.dtype) * jnp.eye(m, dtype=cosines.dtype)[None]
+    ridged = jnp.repeat(ridged, k, axis=0, total_repeat_length=g * k)
     # Rounding may leave less of a singular matrix than its ridge.
     least = ridge(cosines.dtype) / 2
+    places = jnp.arange(m)[None, :]
 
     def turn(carry: tuple) -> tuple:
         count, x, support, swept, matrix, values, fewest, done = carry
-        # One more variable of the support is taken in, if one is missing.
-        missing = support & ~swept
-        pivot = missing & (jnp.cumsum(missing, axis=1) == 1)
-        matrix, values = _sweep(matrix, values, pivot, least)
-        swept = swept | pivot
-        ready = jnp.all(swept == support, axis=1, keepdims=True) & ~done
+        # One variable is taken in or out, the first that is not where it should be.
+        first = jnp.min(jnp.where(support ^ swept, places, m), axis=1, keepdims=True)
+        pivot = places == first
+        column = jnp.take_along_axis(matrix, first[:, :, None], axis=1, mode="clip")[:, 0]
+        entry = jnp.take_along_axis(column, first, axis=1, mode="clip")
+        value = jnp.take_along_axis(values, first, axis=1, mode="clip")
+        some = first < m
+        out = some & jnp.take_along_axis(swept, first, axis=1, mode="clip")
+        anew = out & (entry < -_LARGEST_INVERSE)
+        entry = jnp.where(out, entry, jnp.maximum(entry, least))
+        # With zeros in the pivot's row and column, one update is right for all entries.
+        column = jnp.where(some, jnp.where(pivot, jnp.where(out, 1, -1), column), 0)
+        scaled = column / entry
+        values = jnp.where(anew, -linear, jnp.where(pivot, 0, values) - scaled * value)
+        rest = jnp.where(pivot[:, :, None] | pivot[:, None, :], 0, matrix)
+        rest = rest - scaled[:, :, None] * column[:, None, :]
+        matrix = jnp.where(anew[:, :, None], ridged, rest)
+        swept = (swept ^ pivot) & ~anew
+        ready = ~jnp.any(swept ^ support, axis=1, keepdims=True) & ~done
 
         # Towards the solution on the support, up to the first bound; drop what hits it.
         blocked = support & (values <= 0)
@@ -65,15 +102,13 @@ def solve_by_support(
         number = jnp.sum(low, axis=1, keepdims=True)
         lowest = gradient <= jnp.min(gradient, axis=1, keepdims=True)
         added = low & (lowest | (number < fewest))
-
-        again = ready & ~inside
         return (
             count + 1,
             jnp.where(ready, moved, x),
             jnp.where(ready, (support & ~hit) | added, support),
-            swept & ~again,
-            jnp.where(again[:, :, None], ridged, matrix),
-            jnp.where(again, -linear, values),
+            swept,
+            matrix,
+            values,
             jnp.where(ready & inside, jnp.minimum(fewest, number), fewest),
             done | (ready & inside & (number == 0)),
         )
@@ -83,41 +118,17 @@ def solve_by_support(
 
     # From zero every support is feasible.
     support = (start > 0) | ((linear < 0) & ~jnp.any(start > 0, axis=1, keepdims=True))
-    matrix = jnp.broadcast_to(ridged, (k, m, m))
-    fewest = jnp.full((k, 1), m + 1)
-    done = jnp.zeros((k, 1), bool)
-    carry = (0, start, support, jnp.zeros_like(support), matrix, -linear, fewest, done)
+    fewest, done = jnp.full((g * k, 1), m + 1), jnp.zeros((g * k, 1), bool)
+    carry = (0, start, support, jnp.zeros_like(support), ridged, -linear, fewest, done)
     _, x, support, _, matrix, _, _, _ = lax.while_loop(unfinished, turn, carry)
-
-    def solve(right: jax.Array) -> jax.Array:
-        right = jnp.where(support, right, 0)
-        return jnp.where(support, -jnp.sum(matrix * right[:, None, :], axis=2), 0)
-
-    return x, solve
+    return x.reshape(g, k, m), support.reshape(g, k, m), -matrix.reshape(g, k, m, m)
 
 
-def _sweep(
-    matrix: jax.Array, values: jax.Array, pivot: jax.Array, least: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Sweeps symmetric matrices and their right sides on one variable each, or on none.
-
-    Args:
-      matrix: Shape ``(k, m, m)``.
-      values: The right sides, shape ``(k, m)``.
-      pivot: One-hot, or zero for no sweep, shape ``(k, m)``, bool.
-      least: The smallest pivot there can be but for rounding.
-
-    Returns:
-      The swept matrices, with the *negated* inverse in the block of what was swept, so that they
-      stay symmetric; and the swept right sides.
-    """
-    column = jnp.sum(jnp.where(pivot[:, None, :], matrix, 0), axis=2)
-    value = jnp.sum(jnp.where(pivot, values, 0), axis=1, keepdims=True)
-    entry = jnp.sum(jnp.where(pivot, column, 0), axis=1, keepdims=True)
-    entry = jnp.where(jnp.any(pivot, axis=1, keepdims=True), jnp.maximum(entry, least), 1)
-    # With -1 at the pivot, and zeros in its row and column, one update is right for all entries.
-    column = jnp.where(pivot, -1, column)
-    scaled = column / entry
-    rest = jnp.where(pivot[:, :, None] | pivot[:, None, :], 0, matrix)
-    rest = rest - scaled[:, :, None] * column[:, None, :]
-    return rest, jnp.where(pivot, 0, values) - scaled * value
+@_search.def_vmap
+def _search_lanes(size: int, batched: list[bool], *arguments: jax.Array) -> tuple:
+    arguments = [
+        x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+        for x, is_batched in zip(arguments, batched, strict=True)
+    ]
+    found = _search(*(x.reshape(-1, *x.shape[2:]) for x in arguments))
+    return tuple(x.reshape(size, -1, *x.shape[1:]) for x in found), (True,) * len(found)
