@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from tests.benchmarks import compile_time, shapes, steps
+from tests.benchmarks import compile_time, shapes, solvers, steps
 from tests.benchmarks.step_cases import CASES, SHAPES, make_numbers
 from tests.benchmarks.step_jax import Variant
 
@@ -118,3 +118,13 @@ def test_what_methods_add_to_compile_time_is_measured(tmp_path, capsys):
     assert set(result) >= {"upgrad", "cagrad", "imtl_g"}
     assert result["cagrad"] > 0
     assert "| `upgrad` |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_solvers_take_in_a_scan_is_measured(tmp_path, capsys):
+    path = tmp_path / "solvers.json"
+    solvers.main(["--methods", "mgda", "--tasks", "2", "--lanes", "1", "5", "--json", str(path)])
+    rows = json.loads(path.read_text())["per_step"]
+    assert [row["lanes"] for row in rows] == [1, 5]
+    assert all(row["wall_us"]["."] > 0 for row in rows)
+    assert "| `mgda` | 2 | 5 |" in capsys.readouterr().out

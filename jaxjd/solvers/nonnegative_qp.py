@@ -4,8 +4,9 @@ r"""Exact convex quadratic programs over the nonnegative orthant, batched over t
 
 is the problem behind the projection onto the dual cone, the minimum-norm point, CAGrad and PCD. Its
 optimality conditions are ``x >= 0``, ``y = C x + q >= 0`` and ``x_i y_i = 0``, so a solution is
-known once its support is. With few variables `jaxjd.solvers.sweeps` finds it. With many there are
-two stages:
+known once its support is. The number of variables chooses the way while tracing:
+`jaxjd.solvers.closed_form` for up to three, `jaxjd.solvers.sweeps` for up to eight. With more there
+are two stages:
 
 * `jaxjd.solvers.gradient_projection` needs matrix products only, and is done after some ten steps
   where `C` is well-conditioned, as for gradients of many parameters it mostly is;
