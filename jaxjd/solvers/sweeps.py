@@ -126,9 +126,9 @@ def _search(
 
 @_search.def_vmap
 def _search_lanes(size: int, batched: list[bool], *arguments: jax.Array) -> tuple:
-    arguments = [
+    lanes = [
         x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
         for x, is_batched in zip(arguments, batched, strict=True)
     ]
-    found = _search(*(x.reshape(-1, *x.shape[2:]) for x in arguments))
+    found = _search(*(x.reshape(-1, *x.shape[2:]) for x in lanes))
     return tuple(x.reshape(size, -1, *x.shape[1:]) for x in found), (True,) * len(found)
