@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxjd
-from tests.benchmarks import compile_time, every, shapes, steps
+from tests.benchmarks import compile_time, every, shapes, solvers, steps
 from tests.benchmarks.step_cases import CASES, SHAPES, make_numbers
 from tests.benchmarks.step_jax import Variant
 from tests.pages import table_in
@@ -192,3 +192,13 @@ def test_what_methods_add_to_compile_time_is_measured(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| `upgrad` |" in printed
     assert "| 2, `partition` |" in printed
+
+
+@pytest.mark.slow
+def test_what_solvers_take_in_a_scan_is_measured(tmp_path, capsys):
+    path = tmp_path / "solvers.json"
+    solvers.main(["--methods", "mgda", "--tasks", "2", "--lanes", "1", "5", "--json", str(path)])
+    rows = json.loads(path.read_text())["per_step"]
+    assert [row["lanes"] for row in rows] == [1, 5]
+    assert all(row["wall_us"]["."] > 0 for row in rows)
+    assert "| `mgda` | 2 | 5 |" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 
 import jaxjd
 from jaxjd import diagnostics, linalg, weightings
-from jaxjd.linalg import residuals
+from jaxjd.solvers import residuals
 from jaxjd.weightings import _pcd
 from tests.goldens.families import by_rows, hard
 from tests.jaxprs import equations

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxjd import linalg
-from jaxjd.linalg import nonnegative_qp as qp
-from jaxjd.linalg import pivoting
-from jaxjd.linalg.pseudo_inverse import pseudo_inverse
+from jaxjd.solvers import nonnegative_qp as qp
+from jaxjd.solvers import pivoting
+from jaxjd.solvers.pseudo_inverse import pseudo_inverse
 from tests.rounding import UNFUSED
 
 project = jax.jit(linalg.project_onto_dual_cone)
@@ -438,7 +438,7 @@ def test_both_stages_find_the_same_solution(problem, monkeypatch):
 @pytest.mark.parametrize("solver", ["nonnegative_qp", "pseudo_inverse"])
 def test_what_is_slow_stays_in_its_loop(solver):
     # XLA moves what does not depend on a loop's carry in front of the loop, and runs it always.
-    eye = jnp.eye(6)
+    eye = jnp.eye(12)
     arguments = (eye, eye) if solver == "nonnegative_qp" else (eye,)
     slow = "spotrf" if solver == "nonnegative_qp" else "ssyevd"
     function = {"nonnegative_qp": qp.nonnegative_qp, "pseudo_inverse": pseudo_inverse}[solver]

@@ -12,7 +12,7 @@ import jax
 from jaxjd import weightings
 from jaxjd.aggregators._weighted import weighted
 from jaxjd.base import Aggregator, PyTree
-from jaxjd.linalg.dual_cone import DualConeProjector
+from jaxjd.solvers.dual_cone import DualConeProjector
 
 __all__ = [
     "aligned_mtl",

@@ -20,8 +20,8 @@ from jaxjd.base import (
 )
 from jaxjd.checks import check_range, check_state, check_static_int, path_name, type_name
 from jaxjd.linalg.algebra import combine, count_tasks, gramian, refuse_complex
-from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.linalg.sharded import local_rows, mark_like, num_shards, sum_leaves
+from jaxjd.solvers.scaling import safe_sqrt
 from jaxjd.weightings._conflict_free import conflict_free
 from jaxjd.weightings._rows import as_shaped
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxjd.base import Gramian, Jacobian, PyTree
 from jaxjd.checks import check_range, check_square, check_weights
 from jaxjd.linalg.algebra import count_tasks, cross_gramian
-from jaxjd.linalg.precision import matmul
+from jaxjd.solvers.precision import matmul
 
 
 def predicted_change(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxjd.base import Gramian
 from jaxjd.checks import check_square, check_weights
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.scaling import unit_diagonal
 
 # In units of the rounding of one number: what a sum of products may be off by.
 _ROUNDING = 16

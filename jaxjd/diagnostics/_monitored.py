@@ -23,7 +23,7 @@ from jaxjd.diagnostics._conflict import conflict_rate, cosine_matrix
 from jaxjd.diagnostics._rank import effective_rank
 from jaxjd.diagnostics._stationarity import stationarity_gaps
 from jaxjd.linalg.algebra import count_rows, gramian, plain_leaves, without
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.scaling import unit_diagonal
 
 
 class MonitoredState(NamedTuple):

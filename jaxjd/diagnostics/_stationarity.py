@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxjd.base import Gramian
 from jaxjd.checks import check_square
-from jaxjd.linalg.min_norm import min_norm_weights
-from jaxjd.linalg.nonnegative_qp import rough_solutions
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import UnitDiagonal, safe_sqrt, unit_diagonal
+from jaxjd.solvers.min_norm import min_norm_weights
+from jaxjd.solvers.nonnegative_qp import rough_solutions
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.scaling import UnitDiagonal, safe_sqrt, unit_diagonal
 
 # Rows, for which all supports are tried.
 _FEW = 3

@@ -4,19 +4,19 @@ from jaxjd.linalg.algebra import combine as combine
 from jaxjd.linalg.algebra import cross_gramian as cross_gramian
 from jaxjd.linalg.algebra import gramian as gramian
 from jaxjd.linalg.algebra import materialize as materialize
-from jaxjd.linalg.dual_cone import DualConeProjector as DualConeProjector
-from jaxjd.linalg.dual_cone import exact_projector as exact_projector
-from jaxjd.linalg.dual_cone import project_onto_dual_cone as project_onto_dual_cone
-from jaxjd.linalg.dual_cone import regularized_projector as regularized_projector
-from jaxjd.linalg.min_norm import min_norm_weights as min_norm_weights
-from jaxjd.linalg.residuals import dual_cone_residual as dual_cone_residual
-from jaxjd.linalg.residuals import min_norm_residual as min_norm_residual
-from jaxjd.linalg.residuals import simplex_residual as simplex_residual
-from jaxjd.linalg.simplex import project_onto_simplex as project_onto_simplex
-from jaxjd.linalg.solution import Solution as Solution
-from jaxjd.linalg.solution import solve_dual_cone as solve_dual_cone
-from jaxjd.linalg.solution import solve_min_norm as solve_min_norm
-from jaxjd.linalg.solution import solve_simplex as solve_simplex
+from jaxjd.solvers.dual_cone import DualConeProjector as DualConeProjector
+from jaxjd.solvers.dual_cone import exact_projector as exact_projector
+from jaxjd.solvers.dual_cone import project_onto_dual_cone as project_onto_dual_cone
+from jaxjd.solvers.dual_cone import regularized_projector as regularized_projector
+from jaxjd.solvers.min_norm import min_norm_weights as min_norm_weights
+from jaxjd.solvers.residuals import dual_cone_residual as dual_cone_residual
+from jaxjd.solvers.residuals import min_norm_residual as min_norm_residual
+from jaxjd.solvers.residuals import simplex_residual as simplex_residual
+from jaxjd.solvers.simplex import project_onto_simplex as project_onto_simplex
+from jaxjd.solvers.solution import Solution as Solution
+from jaxjd.solvers.solution import solve_dual_cone as solve_dual_cone
+from jaxjd.solvers.solution import solve_min_norm as solve_min_norm
+from jaxjd.solvers.solution import solve_simplex as solve_simplex
 
 __all__ = [
     "DualConeProjector",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import PyTree, Weighting, stateless_with
 from jaxjd.checks import check_square
-from jaxjd.linalg.precision import matmul
+from jaxjd.solvers.precision import matmul
 from jaxjd.weightings._preference import check_preference, preference
 
 _SCALE_MODES = ("min", "median", "rmse")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxjd.base import Certified, PyTree, Weighting, stateless_with
 from jaxjd.checks import check_length, check_square
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.pseudo_inverse import reaches, solve
-from jaxjd.linalg.residuals import cosine_residual
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.pseudo_inverse import reaches, solve
+from jaxjd.solvers.residuals import cosine_residual
+from jaxjd.solvers.scaling import unit_diagonal
 from jaxjd.weightings._preference import check_preference
 
 

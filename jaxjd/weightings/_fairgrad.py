@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_range, check_square
-from jaxjd.linalg.fairness import fair_weights
-from jaxjd.linalg.residuals import fairness_residual
+from jaxjd.solvers.fairness import fair_weights
+from jaxjd.solvers.residuals import fairness_residual
 
 
 def fairgrad(alpha: float) -> Weighting:

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state
-from jaxjd.linalg.scaling import safe_sqrt
+from jaxjd.solvers.scaling import safe_sqrt
 from jaxjd.weightings._losses import read_losses
 
 

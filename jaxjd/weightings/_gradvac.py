@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxjd.base import PyTree, Weighting, fresh_key, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state
-from jaxjd.linalg.scaling import safe_sqrt, unit_diagonal
+from jaxjd.solvers.scaling import safe_sqrt, unit_diagonal
 from jaxjd.weightings._pcgrad import random_orders
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square
-from jaxjd.linalg.pseudo_inverse import reaches, solve
-from jaxjd.linalg.residuals import cosine_residual
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.pseudo_inverse import reaches, solve
+from jaxjd.solvers.residuals import cosine_residual
+from jaxjd.solvers.scaling import unit_diagonal
 
 
 def imtl_g() -> Weighting:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from jaxjd.base import Certified, PyTree, Weighting, stateless
 from jaxjd.checks import check_square
-from jaxjd.linalg.min_norm import min_norm_weights, min_norm_weights_of
-from jaxjd.linalg.residuals import min_norm_residual
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.min_norm import min_norm_weights, min_norm_weights_of
+from jaxjd.solvers.residuals import min_norm_residual
+from jaxjd.solvers.scaling import unit_diagonal
 from jaxjd.weightings._losses import read_losses
 
 _NORMALIZATIONS = ("none", "l2", "loss", "loss+")

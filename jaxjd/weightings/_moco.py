@@ -18,10 +18,10 @@ from jaxjd.base import (
 )
 from jaxjd.checks import check_length, check_range, check_state
 from jaxjd.linalg.algebra import count_tasks, gramian
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.residuals import simplex_residual
 from jaxjd.linalg.sharded import mark_like
-from jaxjd.linalg.simplex import project_onto_simplex
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.residuals import simplex_residual
+from jaxjd.solvers.simplex import project_onto_simplex
 from jaxjd.weightings._losses import read_losses
 from jaxjd.weightings._rows import paired_leaves, row_norms, scale_rows, zero_rows
 

@@ -15,9 +15,9 @@ from jaxjd.base import (
     weight_dtype,
 )
 from jaxjd.checks import check_length, check_range, check_square, check_state
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.residuals import simplex_residual
-from jaxjd.linalg.simplex import project_onto_simplex
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.residuals import simplex_residual
+from jaxjd.solvers.simplex import project_onto_simplex
 
 
 class MoDoState(NamedTuple):

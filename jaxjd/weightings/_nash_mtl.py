@@ -11,10 +11,10 @@ from jax import lax
 
 from jaxjd.base import Certified, PyTree, Weighting, require_num_tasks, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
-from jaxjd.linalg.fairness import fair_weights
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.residuals import fairness_residual
-from jaxjd.linalg.scaling import safe_sqrt
+from jaxjd.solvers.fairness import fair_weights
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.residuals import fairness_residual
+from jaxjd.solvers.scaling import safe_sqrt
 
 
 class NashMTLState(NamedTuple):

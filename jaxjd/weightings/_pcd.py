@@ -17,10 +17,10 @@ from jaxjd.checks import (
     check_square,
     check_state,
 )
-from jaxjd.linalg.min_norm import min_norm_weights
-from jaxjd.linalg.nonnegative_qp import nonnegative_qp
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.min_norm import min_norm_weights
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.primary import meet_constraints
+from jaxjd.solvers.scaling import unit_diagonal
 
 
 class PCDState(NamedTuple):
@@ -125,15 +125,9 @@ def _closest(
     lengths = unit.lengths * scales
     products, bounds = products * lengths[0], levels * lengths[1:]
     linear = products - bounds
-    x = nonnegative_qp(cosines, linear[None, :])[0]
-    # Without a solution x grows along a combination of rows that is zero to rounding, and what is
-    # left of the constraints tells, unless it drowns in rounding.
-    eps = jnp.finfo(gramian.dtype).eps
-    total, change = jnp.sum(x), matmul(cosines, x)
-    tolerance = jnp.maximum(jnp.sqrt(eps) * jnp.max(jnp.abs(linear)), 4 * eps * total)
-    met = jnp.min(change + linear) >= -tolerance
-    met = met & (matmul(x, change) >= 4 * eps * jnp.square(total))
+    x, met = meet_constraints(cosines, linear)
     # In units of unit rows; a length below rounding is zero.
+    eps = jnp.finfo(gramian.dtype).eps
     relative = jnp.concatenate([lengths[:1], x])
     square = matmul(relative, matmul(unit.cosines, relative))
     some = square > 4 * eps * jnp.square(jnp.sum(relative))

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxjd.base import PyTree, Weighting, fresh_key, stateless
 from jaxjd.checks import check_square, check_state
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.scaling import unit_diagonal
 
 
 class PCGradState(NamedTuple):

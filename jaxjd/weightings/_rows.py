@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxjd.base import Jacobian, PyTree, weight_dtype
 from jaxjd.checks import path_name, type_name
-from jaxjd.linalg.scaling import safe_sqrt
 from jaxjd.linalg.sharded import local_rows, sum_leaves
+from jaxjd.solvers.scaling import safe_sqrt
 
 
 def zero_rows(params: PyTree | None, num_tasks: int, name: str) -> PyTree:

@@ -17,9 +17,9 @@ from jaxjd.base import (
     weight_dtype,
 )
 from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import safe_sqrt
-from jaxjd.linalg.simplex import project_onto_simplex
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.scaling import safe_sqrt
+from jaxjd.solvers.simplex import project_onto_simplex
 from jaxjd.weightings._preference import check_preference, preference
 
 

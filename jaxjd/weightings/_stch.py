@@ -10,7 +10,7 @@ import optax
 
 from jaxjd.base import PyTree, Weighting, require_num_tasks, stateless, weight_dtype
 from jaxjd.checks import check_length, check_range, check_square, check_state, check_static_int
-from jaxjd.linalg.scaling import safe_sqrt
+from jaxjd.solvers.scaling import safe_sqrt
 
 
 class STCHState(NamedTuple):

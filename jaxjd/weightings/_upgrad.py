@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxjd.base import Certified, PyTree, Weighting, stateless_with
 from jaxjd.checks import check_square, type_name
-from jaxjd.linalg.dual_cone import (
+from jaxjd.solvers.dual_cone import (
     DualConeProjector,
     exact_projector,
     projection_certificate,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.linalg.pivoting import cholesky_solve
-from jaxjd.linalg.precision import matmul, ridge
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.pivoting import cholesky_solve
+from jaxjd.solvers.precision import matmul, ridge
+from jaxjd.solvers.scaling import unit_diagonal
 
 _MAX_STEPS = 200
 _LONGEST_STEP = 2.0  # In the logarithm of an entry.

@@ -21,3 +21,14 @@ def rounding_level(x: jax.Array, linear: jax.Array) -> jax.Array:
     """The rounding level of ``C x + q`` per row, for a unit-diagonal `C`, shape ``(..., 1)``."""
     scale = jnp.linalg.norm(x, axis=-1) + jnp.max(jnp.abs(linear), axis=-1)
     return (16 * jnp.finfo(x.dtype).eps * scale)[..., None]
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+    """A power of two somewhat above `x`, which is not negative, and 1 for zero.
+
+    Products with it and quotients are exact. `x` is 3/8 to 3/4 of it, but for numbers that are next
+    to the largest one of the dtype.
+    """
+    bits = jnp.finfo(x.dtype)
+    found = 2 * lax.reduce_precision(jnp.minimum(x, bits.max / 8), bits.nexp, 0)
+    return jnp.where(found > 0, found, 1)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from jaxjd.base import Certificate
 from jaxjd.checks import check_length, check_range, check_square, is_real, type_name
-from jaxjd.linalg.nonnegative_qp import nonnegative_qp
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.residuals import dual_cone_residual
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.nonnegative_qp import nonnegative_qp
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.residuals import dual_cone_residual
+from jaxjd.solvers.scaling import unit_diagonal
 
 
 class DualConeProjector(Protocol):

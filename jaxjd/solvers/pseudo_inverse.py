@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.linalg.precision import matmul
+from jaxjd.solvers.loops import unless
+from jaxjd.solvers.precision import matmul
 
 
 @jax.custom_jvp
@@ -51,16 +52,14 @@ def _invert(cosines: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.sum(jnp.abs(cosines), axis=1))
     regular = jnp.sum(root * root) * (10 * cutoff * largest) <= 1
 
-    def decompose(carry: tuple) -> tuple:
-        values, vectors = jnp.linalg.eigh(carry[0])
+    def decompose(matrix: jax.Array, _: jax.Array) -> jax.Array:
+        values, vectors = jnp.linalg.eigh(matrix)
         kept = values > cutoff * values[-1]
         inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-        return matmul(vectors * inverse[None, :], vectors.T), jnp.asarray(True)
+        return matmul(vectors * inverse[None, :], vectors.T)
 
-    # A loop of at most one turn, and not a `cond`: under vmap a `cond` would take both branches.
-    # It starts from the matrix: XLA would take out of the loop what does not depend on its carry.
-    start = (jnp.where(regular, matmul(root.T, root), cosines), regular)
-    inverse, _ = lax.while_loop(lambda carry: ~carry[1], decompose, start)
+    start = jnp.where(regular, matmul(root.T, root), cosines)
+    inverse = unless(regular, decompose, start)
     return jnp.where(jnp.isfinite(cosines).all(), inverse, jnp.nan)
 
 

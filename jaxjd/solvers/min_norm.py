@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.checks import check_square
-from jaxjd.linalg.nonnegative_qp import nonnegative_qp
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.nonnegative_qp import nonnegative_qp
+from jaxjd.solvers.scaling import unit_diagonal
 
 
 def min_norm_weights(G: jax.Array) -> jax.Array:  # noqa: N803

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.linalg.precision import matmul, ridge, rounding_level
+from jaxjd.solvers.precision import matmul, ridge, rounding_level
 
 _PIVOTING_STEPS = 10
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 
-from jaxjd.linalg.dual_cone import project_onto_dual_cone
-from jaxjd.linalg.min_norm import min_norm_weights
-from jaxjd.linalg.residuals import dual_cone_residual, min_norm_residual, simplex_residual
-from jaxjd.linalg.simplex import project_onto_simplex
+from jaxjd.solvers.dual_cone import project_onto_dual_cone
+from jaxjd.solvers.min_norm import min_norm_weights
+from jaxjd.solvers.residuals import dual_cone_residual, min_norm_residual, simplex_residual
+from jaxjd.solvers.simplex import project_onto_simplex
 
 
 class Solution(NamedTuple):

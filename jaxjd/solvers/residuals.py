@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.checks import check_length, check_square
-from jaxjd.linalg.min_norm import min_norm_weights
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.scaling import UnitDiagonal, unit_diagonal
+from jaxjd.solvers.min_norm import min_norm_weights
+from jaxjd.solvers.precision import matmul
+from jaxjd.solvers.scaling import UnitDiagonal, unit_diagonal
 
 
 def dual_cone_residual(V: jax.Array, U: jax.Array, G: jax.Array) -> jax.Array:  # noqa: N803

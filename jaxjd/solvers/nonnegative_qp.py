@@ -4,12 +4,13 @@ r"""Exact convex quadratic programs over the nonnegative orthant, batched over t
 
 is the problem behind the projection onto the dual cone, the minimum-norm point, CAGrad and PCD. Its
 optimality conditions are ``x >= 0``, ``y = C x + q >= 0`` and ``x_i y_i = 0``, so a solution is
-known once its support is. With few variables `jaxjd.linalg.supports` finds it. With many there are
-two stages:
+known once its support is. The number of variables chooses the way while tracing:
+`jaxjd.solvers.closed_form` for up to three, `jaxjd.solvers.sweeps` for up to eight. With more there
+are two stages:
 
-* `jaxjd.linalg.gradient_projection` needs matrix products only, and is done after some ten steps
+* `jaxjd.solvers.gradient_projection` needs matrix products only, and is done after some ten steps
   where `C` is well-conditioned, as for gradients of many parameters it mostly is;
-* `jaxjd.linalg.pivoting` goes on with the rows that are not, by factorizations.
+* `jaxjd.solvers.pivoting` goes on with the rows that are not, by factorizations.
 
 The solution on the support is polished to the last digits. The shapes are static, nothing leaves
 the device, and all problems of a batch share each step.
@@ -24,10 +25,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.linalg.gradient_projection import conjugate_gradients, descend
-from jaxjd.linalg.pivoting import search, solve_on_support, support_solver
-from jaxjd.linalg.precision import matmul
-from jaxjd.linalg.supports import solve_by_support
+from jaxjd.solvers import closed_form
+from jaxjd.solvers.gradient_projection import conjugate_gradients, descend
+from jaxjd.solvers.loops import unless
+from jaxjd.solvers.pivoting import search, solve_on_support, support_solver
+from jaxjd.solvers.precision import matmul, power_of_two
+from jaxjd.solvers.sweeps import solve_by_support
 
 _FEW = 8  # Variables. With more, and many problems at once, factorizations cost more than steps.
 _DESCENT_STEPS = 60
@@ -79,13 +82,10 @@ def approximate(
     # A point that far away is (next to) a direction of recession: factorizations find it better.
     easy = easy & (jnp.max(x, axis=1) <= _LARGE)
 
-    def factorize(carry: tuple) -> tuple:
-        x, solved = carry
-        return search(cosines, linear, x, ~solved)[0], jnp.ones_like(solved)
+    def factorize(x: jax.Array, solved: jax.Array) -> jax.Array:
+        return search(cosines, linear, x, ~solved)[0]
 
-    # A loop of at most one turn, and not a `cond`: under vmap a `cond` would take both branches.
-    x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, easy))
-    return x, easy
+    return unless(easy, factorize, x), easy
 
 
 def rough_solutions(cosines: jax.Array, linear: jax.Array) -> jax.Array:
@@ -122,18 +122,20 @@ def solve_from(
     Returns:
       The solutions, shape ``(k, m)``.
     """
-    # In units of the largest entry, rounded to a power of two: exact, and no square underflows.
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
-    linear = jnp.ldexp(linear, -exponent)
-    start = jnp.ldexp(start, -exponent)
-    if cosines.shape[0] <= _FEW:
+    # In units of a power of two next to the largest entry: exact, and no square underflows.
+    unit = power_of_two(jnp.max(jnp.abs(linear), axis=1, keepdims=True))
+    linear, start = linear / unit, start / unit
+    m = cosines.shape[0]
+    if m <= closed_form.MOST:
+        x = closed_form.solve_columns(cosines, linear, inside)
+    elif m <= _FEW:
         found, solve = solve_by_support(cosines, linear, start)
         x = _polish(cosines, linear, found, solve, inside)
     else:
         x = _solve_many(cosines, linear, start, inside)
     # NaN never compares, so it has to be put back.
     finite = jnp.isfinite(linear).all(axis=1, keepdims=True) & jnp.isfinite(cosines).all()
-    return jnp.where(finite, jnp.ldexp(x, exponent), jnp.nan)
+    return jnp.where(finite, x * unit, jnp.nan)
 
 
 def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array, inside: int) -> jax.Array:
@@ -149,16 +151,11 @@ def _solve_many(cosines: jax.Array, linear: jax.Array, start: jax.Array, inside:
         inside,
     )
 
-    def factorize(carry: tuple) -> tuple:
-        x, easy = carry
+    def factorize(x: jax.Array, easy: jax.Array) -> jax.Array:
         solve = support_solver(cosines, x > 0, refinements=3)
-        hard = _polish(cosines, linear, x, solve, inside)
-        return jnp.where(easy[:, None], x, hard), jnp.ones_like(easy)
+        return jnp.where(easy[:, None], x, _polish(cosines, linear, x, solve, inside))
 
-    # The loop starts from what was found: XLA would take out of it what does not depend on `x`.
-    x = jnp.where(easy[:, None], x, found)
-    x, _ = lax.while_loop(lambda carry: ~jnp.all(carry[1]), factorize, (x, easy))
-    return x
+    return unless(easy, factorize, jnp.where(easy[:, None], x, found))
 
 
 def _polish(
