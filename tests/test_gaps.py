@@ -9,7 +9,7 @@ import pytest
 
 from jaxjd.diagnostics import stationarity_gap
 from jaxjd.diagnostics._stationarity import stationarity_gaps
-from jaxjd.linalg.scaling import unit_diagonal
+from jaxjd.solvers.scaling import unit_diagonal
 from tests.matrices import gaussian
 
 
