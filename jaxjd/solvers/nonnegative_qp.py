@@ -5,8 +5,8 @@ r"""Exact convex quadratic programs over the nonnegative orthant, batched over t
 is the problem behind the projection onto the dual cone, the minimum-norm point, CAGrad and PCD. Its
 optimality conditions are ``x >= 0``, ``y = C x + q >= 0`` and ``x_i y_i = 0``, so a solution is
 known once its support is. The number of variables chooses the way while tracing:
-`jaxjd.solvers.closed_form` for up to three, `jaxjd.solvers.sweeps` for up to eight. With more there
-are two stages:
+`jaxjd.solvers.closed_form` for up to three, `jaxjd.solvers.sweeps` for up to eight, or sixteen
+where there are one or two problems. With more there are two stages:
 
 * `jaxjd.solvers.gradient_projection` needs matrix products only, and is done after some ten steps
   where `C` is well-conditioned, as for gradients of many parameters it mostly is;
@@ -32,7 +32,8 @@ from jaxjd.solvers.pivoting import search, solve_on_support, support_solver
 from jaxjd.solvers.precision import matmul, power_of_two
 from jaxjd.solvers.sweeps import solve_by_support
 
-_FEW = 8  # Variables. With more, and many problems at once, factorizations cost more than steps.
+_FEW = 8  # Variables. With more, and many problems at once, products cost less than sweeps.
+_FEW_ALONE = 16  # With one problem or two: each costs m^2 operations per variable.
 _DESCENT_STEPS = 60
 _POLISHING_STEPS = 30
 _LARGE = 2.0  # Relative to the linear term.
@@ -128,7 +129,7 @@ def solve_from(
     m = cosines.shape[0]
     if m <= closed_form.MOST:
         x = closed_form.solve_columns(cosines, linear, inside)
-    elif m <= _FEW:
+    elif m <= (_FEW_ALONE if linear.shape[0] <= 2 else _FEW):
         found, solve = solve_by_support(cosines, linear, start)
         x = _polish(cosines, linear, found, solve, inside)
     else:

@@ -104,7 +104,7 @@ def search(
     Returns:
       The solutions, shape ``(k, m)``, and their supports, shape ``(k, m)``, bool.
     """
-    k, m = linear.shape
+    m = linear.shape[1]
     cosines = cosines + ridge(cosines.dtype) * jnp.eye(m, dtype=cosines.dtype)
     downhill = linear < -rounding_level(jnp.zeros_like(linear), linear)
     max_steps = _PIVOTING_STEPS + 10 + 4 * m
@@ -170,7 +170,8 @@ def search(
         count, _, _, live, _, _ = carry
         return jnp.any(live) & (count < max_steps)
 
-    fewest = jnp.full((k,), m + 1)
-    carry = (0, start, start > 0, live, fewest, jnp.full((k,), 3))
+    # Made like the data: inside of `shard_map` a carry differs between devices from the start.
+    fewest, patience = (jnp.full_like(live, n, dtype=int) for n in (m + 1, 3))
+    carry = (0, start, start > 0, live, fewest, patience)
     _, x, support, _, _, _ = lax.while_loop(unsolved, step, carry)
     return jnp.maximum(x, 0), support

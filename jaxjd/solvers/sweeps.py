@@ -118,7 +118,9 @@ def _search(
 
     # From zero every support is feasible.
     support = (start > 0) | ((linear < 0) & ~jnp.any(start > 0, axis=1, keepdims=True))
-    fewest, done = jnp.full((g * k, 1), m + 1), jnp.zeros((g * k, 1), bool)
+    # Made like the data: inside of `shard_map` a carry differs between devices from the start.
+    fewest = jnp.full_like(linear[:, :1], m + 1, dtype=int)
+    done = jnp.zeros_like(support[:, :1])
     carry = (0, start, support, jnp.zeros_like(support), ridged, -linear, fewest, done)
     _, x, support, _, matrix, _, _, _ = lax.while_loop(unfinished, turn, carry)
     return x.reshape(g, k, m), support.reshape(g, k, m), -matrix.reshape(g, k, m, m)

@@ -111,7 +111,7 @@ def _search(
             jnp.where(first, at_zero_now, done),
         )
 
-    zero, false = jnp.zeros((), dtype), jnp.zeros((), bool)
+    zero, false = jnp.zeros_like(radius), jnp.zeros_like(radius, dtype=bool)
     start = (0, zero, jnp.zeros_like(improvement), false, false)
     _, mu, x, at_zero, _ = lax.while_loop(unfinished, turn, start)
     finite = jnp.isfinite(improvement).all() & jnp.isfinite(radius)
