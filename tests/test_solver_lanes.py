@@ -69,3 +69,24 @@ def test_supports_that_lose_nearly_dependent_rows_are_right_to_rounding():
     assert (slack >= -1e-13 * size).all()
     assert (np.minimum(x, slack) <= 1e-13 * size).all()
     assert np.sum(x == 0) > 20
+
+
+@pytest.mark.parametrize("m", [3, *(pytest.param(m, marks=pytest.mark.slow) for m in (5, 12))])
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "cagrad", "pcd"])
+def test_devices_may_have_problems_of_their_own(name, m):
+    """As with different batches inside of `jax.shard_map`, where each device ends its own loop."""
+    weighting = weightings.cagrad(0.5) if name == "cagrad" else getattr(weightings, name)()
+    state = weighting.init(m)
+    devices = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("devices",))
+    spec = jax.sharding.PartitionSpec("devices")
+    G = gramians(2, m)
+
+    def solve(G):
+        return weighting.update(G[0], state)[0][None]
+
+    found = jax.jit(jax.shard_map(solve, mesh=devices, in_specs=spec, out_specs=spec))(G)
+    one = jax.jit(lambda G: weighting.update(G, state)[0])
+    for weights, matrix in zip(found, G, strict=True):
+        scale = np.sqrt(np.diag(matrix))  # As contributions: rows have very different lengths.
+        expected = one(matrix) * scale
+        np.testing.assert_allclose(weights * scale, expected, atol=1e-3 * np.abs(expected).max())
