@@ -8,7 +8,7 @@ those of a backward pass are in other layouts. There they would run 10 to 30 tim
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from jaxjd.autodiff._taps import bind, context_of
+from jaxjd.autodiff._taps import bind, context_of, evaluate
 
 
 def looped(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,21 +34,15 @@ def looped(fn: Callable[..., Any]) -> Callable[..., Any]:
     return body
 
 
-def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    return evaluate(jaxpr, consts, args, {}, {}, _bind_fast)[0]
 
-    def read(var: Any) -> Any:
-        return var.val if isinstance(var, jex.Literal) else values[var]
 
-    for equation in jaxpr.eqns:
-        operands = [read(var) for var in equation.invars]
-        if _is_slow(equation):
-            with context_of(equation):
-                results = [_convolve(equation, *operands)]
-        else:
-            results = bind(_rewritten(equation), operands)
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(var) for var in jaxpr.outvars]
+def _bind_fast(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    if not _is_slow(equation):
+        return bind(_rewritten(equation), operands)
+    with context_of(equation):
+        return [_convolve(equation, *operands)]
 
 
 def _rewritten(equation: Any) -> Any:

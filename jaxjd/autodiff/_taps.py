@@ -525,8 +525,9 @@ def evaluate(
     args: Sequence[Any],
     plan: Plan,
     taps: Mapping[Any, jax.Array],
+    run: Callable[[Any, Sequence[Any]], Sequence[Any]] = bind,
 ) -> tuple[list[Any], dict[Any, Any]]:
-    """Runs a jaxpr with taps added at the sites of a plan.
+    """Runs a jaxpr with taps added at the sites of a plan, and the other equations by `run`.
 
     Returns:
       The outputs, and the inputs of every tapped layer, by the number of its parameter.
@@ -546,7 +547,7 @@ def evaluate(
         operands = [read(var) for var in equation.invars]
         entry = plan.get(number)
         if entry is None:
-            results = bind(equation, operands)
+            results = run(equation, operands)
         elif isinstance(entry, Recorder):
             inputs[entry.key] = operands
             (output,) = bind(equation, operands)
