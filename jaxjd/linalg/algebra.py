@@ -402,23 +402,12 @@ def _leaf_product(leaf_1: Any, leaf_2: Any, dtype: jnp.dtype) -> jax.Array:
         return leaf_1.products(local_rows(leaf_2), dtype)
     if isinstance(leaf_2, FactoredLeaf) and leaf_1.shape[0] < leaf_2.shape[0]:
         return leaf_2.products(local_rows(leaf_1), dtype).T
-    axes = tuple(range(1, leaf_1.ndim))
     leaf_1, leaf_2 = local_rows(leaf_1), local_rows(leaf_2)
     if jnp.iscomplexobj(leaf_1) or jnp.iscomplexobj(leaf_2):  # Twice as many real numbers.
         parts = [(leaf_1.real, leaf_2.real), (leaf_1.imag, leaf_2.imag)]
         return jnp.add(*(_leaf_product(*pair, dtype) for pair in parts))
-    if _explicit_mesh(leaf_1) is None:
-        return row_products(leaf_1, leaf_2, dtype)
-    if leaf_1.dtype != leaf_2.dtype:
-        leaf_1, leaf_2 = leaf_1.astype(dtype), leaf_2.astype(dtype)
-    return lax.dot_general(
-        leaf_1,
-        leaf_2,
-        ((axes, axes), ((), ())),
-        precision=_PRECISION,
-        preferred_element_type=dtype,
-        out_sharding=_explicit_sharding(leaf_1, PartitionSpec(None, None)),
-    ).astype(dtype)
+    sharding = _explicit_sharding(leaf_1, PartitionSpec(None, None))
+    return row_products(leaf_1, leaf_2, dtype, sharding)
 
 
 def _own_rows(leaf: Any) -> tuple[Any, tuple[int, ...]]:

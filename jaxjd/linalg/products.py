@@ -32,16 +32,19 @@ def product(
     ).astype(dtype)
 
 
-def row_products(rows_1: jax.Array, rows_2: jax.Array, dtype: Any) -> jax.Array:
+def row_products(
+    rows_1: jax.Array, rows_2: jax.Array, dtype: Any, out_sharding: Any = None
+) -> jax.Array:
     """The inner products of the rows of two arrays, shape ``(m1, m2)``.
 
     Long rows are taken in stretches on CPUs. The same array twice lets XLA see the symmetry.
+    On an Explicit mesh the sharding of the result is needed.
     """
     arrays = (rows_1,) if rows_1 is rows_2 else (rows_1, rows_2)
     stretch = _stretch(arrays)
     # Of rows that devices share, a stretch would be one device's.
-    if stretch is None or jax.device_count() > 1:
-        return _whole(*arrays, dtype=dtype)
+    if stretch is None or out_sharding is not None or jax.device_count() > 1:
+        return _whole(*arrays, dtype=dtype, out_sharding=out_sharding)
     return lax.platform_dependent(
         *arrays,
         cpu=functools.partial(in_stretches, stretch, dtype=dtype),
@@ -73,7 +76,7 @@ def in_stretches(stretch: int, *arrays: jax.Array, dtype: Any) -> jax.Array:
     return lax.scan(lambda total, start: (total + part(start, stretch), None), total, starts)[0]
 
 
-def _whole(*arrays: jax.Array, dtype: Any) -> jax.Array:
+def _whole(*arrays: jax.Array, dtype: Any, out_sharding: Any = None) -> jax.Array:
     first, last = arrays[0], arrays[-1]
     if first.dtype != last.dtype:
         first, last = first.astype(dtype), last.astype(dtype)
@@ -84,4 +87,5 @@ def _whole(*arrays: jax.Array, dtype: Any) -> jax.Array:
         ((axes, axes), ((), ())),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
+        out_sharding=out_sharding,
     ).astype(dtype)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxjd.linalg.factored import FactoredLeaf
-from jaxjd.linalg.layers import EmbeddingLayer, Layer, product
+from jaxjd.linalg.layers import EmbeddingLayer, Layer
+from jaxjd.linalg.products import product
 
 
 def joined_matrices(leaves: list[FactoredLeaf], are_turned: list[bool]) -> FactoredLeaf:
