@@ -226,9 +226,18 @@ def train(
     ]
 
 
+def plain_flops(problem: Problem) -> float:
+    """Operations of the plain step: the losses and the gradient of their sum."""
+
+    def plain(params: Any, *batch: Any) -> Any:
+        return jax.value_and_grad(lambda params: sum(problem.losses(params, *batch)))(params)
+
+    return _flops(plain, *_example(problem))
+
+
 def flops(problem: Problem, weighting: Any) -> tuple[float, float]:
-    """Operations of a step with new weights, and of one between, in units of the plain step's."""
-    params, batch = problem.init(jax.random.key(0)), problem.batch(jax.random.key(1))
+    """Operations of a step with new weights, and of one between."""
+    params, *batch = _example(problem)
     m = len(problem.losses(params, *batch))
     pair = jaxjd.aggregated_value_and_grad(problem.losses, weighting, num_tasks=m, every=2)
 
@@ -236,15 +245,17 @@ def flops(problem: Problem, weighting: Any) -> tuple[float, float]:
         state = pair.init(params)._replace(count=jnp.int32(count))
         return pair.apply(state, params, *batch)
 
-    def plain(params: Any, *batch: Any) -> Any:
-        return jax.value_and_grad(lambda params: sum(problem.losses(params, *batch)))(params)
-
-    def cost(fn: Callable) -> float:  # XLA takes the branch of a count that it knows.
-        return jax.jit(fn).lower(params, *batch).compile().cost_analysis()["flops"]
-
-    unit = cost(plain)
-    whole, between = (cost(functools.partial(step, count)) / unit for count in (0, 1))
+    # XLA takes the branch of a count that it knows.
+    whole, between = (_flops(functools.partial(step, count), params, *batch) for count in (0, 1))
     return whole, between
+
+
+def _example(problem: Problem) -> tuple:
+    return problem.init(jax.random.key(0)), *problem.batch(jax.random.key(1))
+
+
+def _flops(fn: Callable, *args: Any) -> float:
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
 def rows_of(name: str, problem: Problem, seeds: int, every: Sequence[int]) -> list[dict]:
@@ -260,8 +271,9 @@ def rows_of(name: str, problem: Problem, seeds: int, every: Sequence[int]) -> li
             print(rows[-1])
 
     add("mean", False, jaxjd.weightings.mean(), [1.0])
+    unit = plain_flops(problem)
     for method, make in METHODS.items():
-        whole, between = flops(problem, make())
+        whole, between = (found / unit for found in flops(problem, make()))
         costs = [(whole + (number - 1) * between) / number for number in every]
         add(method, False, make(), costs)
         add(method, True, jaxjd.weightings.cr_mogm(make(), SMOOTHING), costs)
